@@ -53,7 +53,7 @@ clean:
 	$(PIP) install -c constraints.txt $(TORCH_INDEX) torch
 	@touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py minimax_m1/kernels/csrc/compiled.cpp
+.venv/installed: .venv/torch pyproject.toml setup.py $(wildcard minimax_m1/kernels/csrc/*)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 

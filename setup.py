@@ -10,6 +10,7 @@ setup(
         Extension(
             "minimax_m1.kernels._compiled",
             sources=["minimax_m1/kernels/csrc/compiled.cpp"],
+            depends=["minimax_m1/kernels/csrc/rows.h"],
             # for the machine that installs it; no -ffast-math: it would make the whole process flush denormals
             extra_compile_args=["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno"],
             extra_link_args=["-fopenmp"],
