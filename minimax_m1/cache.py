@@ -1,23 +1,113 @@
 """HybridCache: all state of sequences in flight: keys and values of softmax layers, matrices of lightning layers.
 
-Shapes: P slots, one sequence each; H heads, G key/value heads, D head_dim.
+Shapes: a slot holds one sequence, a page PAGE_SIZE tokens of one; H heads, G key/value heads, D head_dim; Ls softmax
+layers, Ll lightning layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch
+from minimax_m1.batch import CachedRows, ForwardBatch
 from minimax_m1.config import MiniMaxM1Config
+from minimax_m1.errors import UserError
+
+PAGE_SIZE = 64  # tokens; also the block of lightning attention, so that a page boundary is a cut that changes no bit
+
+
+class PagePool:
+    """Which pages are free, and by how many sequences and cached prefixes each of the others is held."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # the lowest number goes first
+        self._holders = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int] | None:
+        """Return `count` free pages, each held once; None, and nothing taken, if there are not so many."""
+        if count > len(self._free):
+            return None
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def retain(self, pages: Sequence[int]) -> None:
+        """Hold pages, which somebody holds already, once more."""
+        for page in pages:
+            assert self._holders[page] > 0, f"page {page} is free"
+            self._holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let go of pages; those that nobody else holds become free."""
+        for page in reversed(pages):
+            assert self._holders[page] > 0, f"page {page} is free"
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._free.append(page)
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """One sequence's whole state outside the pools: in host memory, or through `save` and `load` on a disk."""
+
+    length: int  # tokens
+    states: Tensor  # [Ll, H, D, D] float32
+    keys: Tensor  # [Ls, G, length, D]
+    values: Tensor  # [Ls, G, length, D]
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes."""
+        return self.states.nbytes + self.keys.nbytes + self.values.nbytes
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        tensors = {"states": self.states, "keys": self.keys.contiguous(), "values": self.values.contiguous()}
+        try:
+            save_file(tensors, path, metadata={"length": str(self.length)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"state: cannot write {path}: {error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> SequenceState:
+        """Read what `save` wrote, to the bit.
+
+        Raises:
+            UserError: the file is missing or is something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = [file.get_tensor(name) for name in ("states", "keys", "values")]
+                return cls(int(file.metadata()["length"]), *tensors)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise UserError(f"state: cannot read {path}: {error}") from None
 
 
 class HybridCache:
-    """State of up to `max_seqs` sequences of up to `max_len` tokens; an argument of the forward pass, never a global.
+    """State of up to `max_seqs` sequences; an argument of the forward pass, never a global.
 
-    Keys and values of a softmax layer grow with the sequence: [P, G, max_len, D]. The memory is only reserved, and
-    taken by the operating system as tokens arrive. The state of a lightning layer has the same size at any length:
-    [P, H, D, D] float32, whatever the model's dtype (bfloat16 states lose characters: vllm#19592).
+    Keys and values of softmax layers grow with the sequence, page by page, out of one pool: [G, pages, PAGE_SIZE, D] a
+    layer. The memory is only reserved, and taken by the operating system as tokens arrive. The state of a lightning
+    layer has the same size at any length: [slots, H, D, D] float32 a layer, whatever the model's dtype (bfloat16 states
+    lose characters: vllm#19592).
     """
 
     def __init__(
@@ -27,47 +117,188 @@ class HybridCache:
         max_len: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        num_pages: int | None = None,
     ) -> None:
+        """Plan for sequences of up to `max_len` tokens; `num_pages` None: pages for all of them at that length."""
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         assert head_dim is not None
+        pages_each = -(-max_len // PAGE_SIZE)
         self.max_seqs, self.max_len = max_seqs, max_len
+        self.pool = PagePool(max_seqs * pages_each if num_pages is None else num_pages)
         self.lens = [0] * max_seqs  # tokens of the sequence in each slot
+        self.pages: list[list[int]] = [[] for _ in range(max_seqs)]  # of each slot, in order
+        self.block_tables = torch.zeros(max_seqs, pages_each, dtype=torch.int32, device=device)
         state_dtype = torch.promote_types(dtype, torch.float32)
-        self.states: dict[int, Tensor] = {
-            layer: torch.zeros(max_seqs, heads, head_dim, head_dim, dtype=state_dtype, device=device)
-            for layer in config.lightning_layers
-        }
-        self.keys: dict[int, Tensor] = {
-            layer: torch.empty(max_seqs, groups, max_len, head_dim, dtype=dtype, device=device)
-            for layer in config.softmax_layers
-        }
-        self.values: dict[int, Tensor] = {layer: torch.empty_like(k) for layer, k in self.keys.items()}
+        num_lightning, num_softmax = len(config.lightning_layers), len(config.softmax_layers)
+        self._states = torch.zeros(num_lightning, max_seqs, heads, head_dim, head_dim, dtype=state_dtype, device=device)
+        shape = (num_softmax, groups, self.pool.num_pages, PAGE_SIZE, head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self.states = dict(zip(config.lightning_layers, self._states, strict=True))  # layer -> [slots, H, D, D]
+        self.keys = dict(zip(config.softmax_layers, self._keys, strict=True))  # layer -> [G, pages, PAGE_SIZE, D]
+        self.values = dict(zip(config.softmax_layers, self._values, strict=True))
 
-    def reset(self, slot: int) -> None:
-        """Make `slot` ready for a new sequence: length 0, lightning states zero."""
-        self.lens[slot] = 0
-        for state in self.states.values():
-            state[slot].zero_()
+    # -- a step of the network ----------------------------------------------------------------------------------------
 
-    def batch(self, slots: list[int], seqlens: list[int], backend: str | None = None) -> ForwardBatch:
-        """Return the batch that runs `seqlens` new tokens of the sequences in `slots` behind what they have."""
+    def batch(
+        self,
+        slots: list[int],
+        seqlens: list[int],
+        backend: str | None = None,
+        *,
+        num_decodes: int | None = None,
+        keep_drafts: bool = False,
+        expert_threshold: Tensor | None = None,
+    ) -> ForwardBatch:
+        """Return the batch that runs `seqlens` new tokens of the sequences in `slots` behind what they have.
+
+        Args:
+            num_decodes: the first so many sequences run through the decode kernels; None: those at the front with one
+                new token behind others.
+            keep_drafts: keep the keys and values of lightning layers' decode rows in `cached.drafts`.
+            expert_threshold: [T] float32, per new token.
+
+        Takes the pages that the new tokens need; the caller has made sure that there are enough.
+        """
         past_lens = [self.lens[slot] for slot in slots]
         for slot, past, n in zip(slots, past_lens, seqlens, strict=True):
-            assert past + n <= self.max_len, f"slot {slot}: {past} + {n} tokens in a cache for {self.max_len}"
-        device = next(iter((self.states or self.keys).values())).device
-        return ForwardBatch.packed(seqlens, past_lens=past_lens, slots=slots, device=device, backend=backend)
+            reserved = self.reserve(slot, past + n)
+            assert reserved, f"slot {slot}: no page for {past} + {n} tokens"
+        if num_decodes is None:
+            num_decodes = 0
+            while num_decodes < len(slots) and seqlens[num_decodes] == 1 and past_lens[num_decodes] > 0:
+                num_decodes += 1
+        device = self.block_tables.device
+        layout = ForwardBatch.packed(
+            seqlens, past_lens=past_lens, device=device, backend=backend, expert_threshold=expert_threshold
+        )
+        slot_ids = torch.tensor(slots, dtype=torch.int64, device=device)
+        num_rows = sum(seqlens[:num_decodes])
+        if len(layout.positions) == len(slots):
+            row_slots, kv_lens = slot_ids, layout.positions + 1
+        else:
+            lengths = torch.tensor(seqlens, dtype=torch.int64, device=device)
+            row_slots = slot_ids.repeat_interleave(lengths)
+            kv_lens = torch.tensor(past_lens, dtype=torch.int64, device=device) + lengths
+        pages = self.block_tables[row_slots, layout.positions // PAGE_SIZE].long()
+        cached = CachedRows(
+            slots=list(slots),
+            slot_ids=slot_ids,
+            kv_lens=kv_lens,
+            token_rows=pages * PAGE_SIZE + layout.positions % PAGE_SIZE,
+            num_decodes=num_decodes,
+            num_decode_rows=num_rows,
+            drafts={} if keep_drafts else None,
+        )
+        return dataclasses.replace(layout, cached=cached)
 
     def append(self, layer: int, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
         """Write the keys and values [T, G, D] of a batch behind those of its sequences, for one softmax layer."""
-        assert batch.slots is not None
-        keys, values, start = self.keys[layer], self.values[layer], 0
-        for slot, past, n in zip(batch.slots, batch.past_lens, batch.seqlens, strict=True):
-            keys[slot, :, past : past + n] = k[start : start + n].transpose(0, 1)
-            values[slot, :, past : past + n] = v[start : start + n].transpose(0, 1)
-            start += n
+        assert batch.cached is not None
+        rows = batch.cached.token_rows
+        for pool, new in ((self.keys[layer], k), (self.values[layer], v)):
+            pool.flatten(1, 2).index_copy_(1, rows, new.transpose(0, 1).to(pool.dtype))
 
     def commit(self, batch: ForwardBatch) -> None:
         """Count the tokens of a batch that has run through every layer."""
-        assert batch.slots is not None
-        for slot, past, n in zip(batch.slots, batch.past_lens, batch.seqlens, strict=True):
+        assert batch.cached is not None
+        for slot, past, n in zip(batch.cached.slots, batch.past_lens, batch.seqlens, strict=True):
             self.lens[slot] = past + n
+
+    # -- slots and pages ----------------------------------------------------------------------------------------------
+
+    def pages_lacking(self, slot: int, length: int) -> int:
+        """Return how many pages more the sequence in `slot` needs to hold `length` tokens."""
+        return max(0, -(-length // PAGE_SIZE) - len(self.pages[slot]))
+
+    def reserve(self, slot: int, length: int) -> bool:
+        """Take the pages that `length` tokens need; False, and nothing is taken, if the pool has not so many."""
+        assert length <= self.max_len, f"slot {slot}: {length} tokens in a cache for {self.max_len}"
+        lacking = self.pages_lacking(slot, length)
+        if lacking == 0:
+            return True
+        pages = self.pool.take(lacking)
+        if pages is None:
+            return False
+        self._add_pages(slot, pages)
+        return True
+
+    def reset(self, slot: int) -> None:
+        """Make `slot` ready for a new sequence: no page, length 0, lightning states zero."""
+        self.release(slot)
+        self._states[:, slot].zero_()
+
+    def release(self, slot: int) -> None:
+        """Let go of the pages of the sequence in `slot`, which is then gone."""
+        self.pool.release(self.pages[slot])
+        self.pages[slot], self.lens[slot] = [], 0
+
+    def _add_pages(self, slot: int, pages: list[int]) -> None:
+        start = len(self.pages[slot])
+        self.block_tables[slot, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.pages[slot] += pages
+
+    # -- moving state -------------------------------------------------------------------------------------------------
+
+    def read_states(self, slot: int) -> Tensor:
+        """Return a copy of the lightning states [Ll, H, D, D] of the sequence in `slot`."""
+        return self._states[:, slot].clone()
+
+    def write_states(self, slot: int, states: Tensor) -> None:
+        """Set the lightning states of the sequence in `slot`; `states` is not kept."""
+        self._states[:, slot] = states
+
+    def share_prefix(self, slot: int, pages: list[int], states: Tensor) -> None:
+        """Begin a sequence in the empty `slot` with whole `pages` that others hold too, and the states behind them."""
+        assert not self.pages[slot]
+        self.pool.retain(pages)
+        self._add_pages(slot, pages)
+        self.lens[slot] = len(pages) * PAGE_SIZE
+        self.write_states(slot, states)
+
+    def fork(self, source: int, target: int) -> bool:
+        """Make the empty slot `target` a second sequence with everything that `source` has.
+
+        Whole pages are shared, for nobody writes into them again; the last, unfinished one is copied. False, and
+        nothing has happened, if no page is free for that.
+        """
+        whole = self.lens[source] // PAGE_SIZE
+        rest = self.lens[source] % PAGE_SIZE
+        last = self.pool.take(1 if rest else 0)
+        if last is None:
+            return False
+        self.share_prefix(target, self.pages[source][:whole], self._states[:, source])
+        if rest:
+            self._add_pages(target, last)
+            for pool in (self._keys, self._values):
+                pool[:, :, last[0], :rest] = pool[:, :, self.pages[source][whole], :rest]
+        self.lens[target] = self.lens[source]
+        return True
+
+    def swap_out(self, slot: int) -> SequenceState:
+        """Return the whole state of the sequence in `slot` in host memory, and free its pages."""
+        length, pages = self.lens[slot], self.pages[slot][: -(-self.lens[slot] // PAGE_SIZE)]
+        keys, values = (pool[:, :, pages].flatten(2, 3)[:, :, :length].to("cpu") for pool in (self._keys, self._values))
+        state = SequenceState(length, self.read_states(slot).to("cpu"), keys, values)
+        self.release(slot)
+        return state
+
+    def swap_in(self, slot: int, state: SequenceState) -> bool:
+        """Put a state back into the empty `slot`, to the bit; False, and nothing has happened, if pages lack.
+
+        Raises:
+            UserError: the state comes from another model.
+        """
+        assert not self.pages[slot]
+        expected = (self._states[:, 0].shape, (*self._keys.shape[:2], state.length, self._keys.shape[-1]))
+        if (state.states.shape, tuple(state.keys.shape)) != expected or state.values.shape != state.keys.shape:
+            raise UserError(f"state: {list(state.states.shape)}, {list(state.keys.shape)} is of another model")
+        if not self.reserve(slot, state.length):
+            return False
+        rows = torch.arange(state.length, device=self.block_tables.device)
+        rows = self.block_tables[slot, rows // PAGE_SIZE].long() * PAGE_SIZE + rows % PAGE_SIZE
+        for pool, saved in ((self._keys, state.keys), (self._values, state.values)):
+            pool.flatten(2, 3).index_copy_(2, rows, saved.to(pool))
+        self.write_states(slot, state.states.to(self._states.device))
+        self.lens[slot] = state.length
+        return True

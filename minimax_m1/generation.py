@@ -217,7 +217,7 @@ def _prefill(
     for pieces in _plan_chunks([len(prompt) for prompt in prompts], chunk):
         rows, seqlens = [row for row, _, _ in pieces], [stop - start for _, start, stop in pieces]
         tokens = [token for row, start, stop in pieces for token in prompts[row][start:stop]]
-        batch = cache.batch(rows, seqlens, backend)
+        batch = cache.batch(rows, seqlens, backend, num_decodes=0)
         hidden, _ = model.forward_packed(torch.tensor(tokens, device=model.device), batch, cache)
         ends = batch.cu_seqlens[1:].tolist()
         for (row, _, stop), end in zip(pieces, ends, strict=True):

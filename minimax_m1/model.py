@@ -23,7 +23,12 @@ from minimax_m1.config import SOFTMAX, MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.kernels.attention import softmax_attention, softmax_attention_cached
 from minimax_m1.kernels.experts import expert_mlp
-from minimax_m1.kernels.lightning import lightning_attention, lightning_decode, lightning_slopes
+from minimax_m1.kernels.lightning import (
+    lightning_attention,
+    lightning_decode,
+    lightning_prefill,
+    lightning_slopes,
+)
 from minimax_m1.kernels.linear import float32_linear, linear, rms_norm
 
 
@@ -79,9 +84,12 @@ class MiniMaxM1ForCausalLM(nn.Module):
         """
         return self.model(input_ids, batch, cache)
 
-    def compute_logits(self, hidden: Tensor, backend: str | None = None) -> Tensor:
-        """Return the logits [n, vocab] of hidden [n, hidden], computed in float32 (float64 for a float64 model)."""
-        return self.lm_head(hidden, backend)
+    def compute_logits(self, hidden: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
+        """Return the logits [n, vocab] of hidden [n, hidden], computed in float32 (float64 for a float64 model).
+
+        `num_decodes` as in `kernels.linear.linear`: the first so many rows go through the row kernels.
+        """
+        return float32_linear(hidden, self.lm_head.weight, backend, num_decodes)
 
     # -- the public wrapper: the only place with a batch dimension and padding ----------------------------------------
 
@@ -242,10 +250,10 @@ class DecoderLayer(nn.Module):
             u if self.postnorm else x, self.attn_alpha, self.self_attn(u, batch, rotary, cache), self.attn_beta
         )
         v = self.post_attention_layernorm(h, batch.backend)
-        y, routing = self.block_sparse_moe(v, batch.backend)
+        y, routing = self.block_sparse_moe(v, batch)
         if self.shared_mlp is not None and self.coefficient is not None:
-            c = torch.sigmoid(self.coefficient(v, batch.backend)).to(y.dtype)
-            y = (1 - c) * y + c * self.shared_mlp(v, batch.backend)
+            c = torch.sigmoid(self.coefficient(v, batch)).to(y.dtype)
+            y = (1 - c) * y + c * self.shared_mlp(v, batch)
         return add_scaled(v if self.postnorm else h, self.mlp_alpha, y, self.mlp_beta), routing
 
 
@@ -272,34 +280,30 @@ class LightningAttention(nn.Module):
         return self._slope
 
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
-        qkv = F.silu(self.qkv_proj(u, batch.backend)).view(-1, self.num_heads, 3 * self.head_dim)
+        qkv = F.silu(self.qkv_proj(u, batch)).view(-1, self.num_heads, 3 * self.head_dim)
         q, k, v = qkv.chunk(3, dim=-1)
         o = self.attend(q, k, v, batch, cache)
-        gate = torch.sigmoid(self.output_gate(u, batch.backend))
-        return self.out_proj(gate * self.norm(o.flatten(1), batch.backend), batch.backend)
+        gate = torch.sigmoid(self.output_gate(u, batch))
+        return self.out_proj(gate * self.norm(o.flatten(1), batch.backend), batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: HybridCache | None) -> Tensor:
         """Return o [T, H, D]: decoding sequences by the recurrence, all others in blocks."""
         slope = self.slope(q.device)
         if cache is None:
             return lightning_attention(q, k, v, slope, cu_seqlens=batch.cu_seqlens, backend=batch.backend)[0]
-        assert batch.slot_ids is not None
-        states, slots, m = cache.states[self.index], batch.slot_ids, batch.num_decodes
+        assert batch.cached is not None
+        states, slots = cache.states[self.index], batch.cached.slot_ids
+        m, rows = batch.cached.num_decodes, batch.cached.num_decode_rows
+        if batch.cached.drafts is not None:
+            batch.cached.drafts[self.index] = k[:rows], v[:rows]
         outputs = []
         if m:
-            outputs.append(lightning_decode(q[:m], k[:m], v[:m], slope, states, slots[:m], batch.backend))
+            bounds = batch.cu_seqlens[: m + 1]
+            o = lightning_decode(q[:rows], k[:rows], v[:rows], slope, states, slots[:m], bounds, batch.backend)
+            outputs.append(o)
         if m < len(batch.seqlens):
-            cu_seqlens = batch.cu_seqlens[m:] - m  # a decoding sequence has one row
-            o, final = lightning_attention(
-                q[m:],
-                k[m:],
-                v[m:],
-                slope,
-                cu_seqlens=cu_seqlens,
-                initial_state=states[slots[m:]],
-                backend=batch.backend,
-            )
-            states[slots[m:]] = final
+            bounds = batch.cu_seqlens[m:] - rows
+            o = lightning_prefill(q[rows:], k[rows:], v[rows:], slope, states, slots[m:], bounds, batch.backend)
             outputs.append(o)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -318,24 +322,26 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(u, batch.backend).view(u.shape[0], -1, self.head_dim) for proj in projections)
+        q, k, v = (proj(u, batch).view(u.shape[0], -1, self.head_dim) for proj in projections)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is None:
             o = softmax_attention(q, k, v, cu_seqlens=batch.cu_seqlens, window=self.window, backend=batch.backend)
         else:
-            assert batch.slots is not None
+            assert batch.cached is not None
             cache.append(self.index, k, v, batch)
             o = softmax_attention_cached(
                 q,
                 cache.keys[self.index],
                 cache.values[self.index],
-                seqlens=batch.seqlens,
-                past_lens=batch.past_lens,
-                slots=batch.slots,
+                cu_seqlens=batch.cu_seqlens,
+                kv_lens=batch.cached.kv_lens,
+                slots=batch.cached.slot_ids,
+                block_tables=cache.block_tables,
+                num_decodes=batch.cached.num_decodes,
                 window=self.window,
                 backend=batch.backend,
             )
-        return self.o_proj(o.flatten(1), batch.backend)
+        return self.o_proj(o.flatten(1), batch)
 
 
 class MoE(nn.Module):
@@ -348,11 +354,21 @@ class MoE(nn.Module):
         self.gate = gate(config.hidden_size, config.num_local_experts)
         self.experts = Experts(config)
 
-    def forward(self, v: Tensor, backend: str | None) -> tuple[Tensor, Routing]:  # v [T, hidden]
-        probs = torch.softmax(self.gate(v, backend), -1)
+    def forward(self, v: Tensor, batch: ForwardBatch) -> tuple[Tensor, Routing]:  # v [T, hidden]
+        probs = torch.softmax(self.gate(v, batch), -1)
         weights, expert_ids = torch.topk(probs, self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
-        y = expert_mlp(v, self.experts.w13, self.experts.w2, expert_ids, weights, backend=backend)
+        if batch.expert_threshold is not None:
+            weights = drop_experts(weights, batch.expert_threshold)
+        y = expert_mlp(
+            v,
+            self.experts.w13,
+            self.experts.w2,
+            expert_ids,
+            weights,
+            backend=batch.backend,
+            num_decodes=batch.num_decode_rows,
+        )
         return y, Routing(probs, expert_ids, weights)
 
 
@@ -380,8 +396,8 @@ class SharedMLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.shared_intermediate_size)
         self.down_proj = Linear(config.shared_intermediate_size, config.hidden_size)
 
-    def forward(self, v: Tensor, backend: str | None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(v, backend)) * self.up_proj(v, backend), backend)
+    def forward(self, v: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(v, batch)) * self.up_proj(v, batch), batch)
 
 
 class Embedding(nn.Embedding):
@@ -401,15 +417,15 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
-        return linear(x, self.weight, backend)
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        return linear(x, self.weight, batch.backend, batch.num_decode_rows)
 
 
 class Float32Linear(Linear):
     """A matrix whose product is taken, and returned, in float32 whatever the model's dtype."""
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
-        return float32_linear(x, self.weight, backend)
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        return float32_linear(x, self.weight, batch.backend, batch.num_decode_rows)
 
 
 class Gate(Float32Linear):
@@ -423,8 +439,8 @@ class DynamicGate(Gate):
         super().__init__(in_features, out_features)
         self.temperature = nn.Parameter(torch.empty(()))
 
-    def forward(self, v: Tensor, backend: str | None = None) -> Tensor:
-        logits = super().forward(v, backend)
+    def forward(self, v: Tensor, batch: ForwardBatch) -> Tensor:
+        logits = super().forward(v, batch)
         return logits / torch.exp(self.temperature.to(logits.dtype))
 
 
@@ -450,6 +466,17 @@ def add_scaled(residual: Tensor, alpha: float, branch: Tensor, beta: float) -> T
     if beta != 1.0:
         branch = branch * beta
     return torch.add(branch, residual, alpha=alpha)
+
+
+def drop_experts(weights: Tensor, threshold: Tensor) -> Tensor:
+    """Keep each token's most probable experts until their weights reach its threshold; the others weigh 0.
+
+    weights [T, K] float32, falling, summing to 1; threshold [T] in (0, 1]. What is kept sums to 1 again, as the experts
+    were trained; at 1 every expert is kept and nothing changes.
+    """
+    before = weights.cumsum(-1) - weights
+    kept = weights * ((before < threshold[:, None]) | (threshold[:, None] >= 1))
+    return torch.where(threshold[:, None] >= 1, weights, kept / kept.sum(-1, keepdim=True))
 
 
 def rotary_angles(positions: Tensor, config: MiniMaxM1Config) -> Rotary:

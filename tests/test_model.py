@@ -189,8 +189,9 @@ def test_dynamic_gate_starts_as_the_plain_router_and_learns_its_temperature():
         gate.weight.copy_(plain.weight)
         gate.temperature.fill_(0.0)
     x = torch.randn(5, 16)
-    assert torch.equal(gate(x), plain(x))
-    gate(x).square().sum().backward()
+    batch = ForwardBatch.packed([5])
+    assert torch.equal(gate(x, batch), plain(x, batch))
+    gate(x, batch).square().sum().backward()
     assert gate.temperature.grad.abs() > 0
 
 

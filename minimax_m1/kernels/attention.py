@@ -13,6 +13,9 @@ from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.attention_torch import attend_torch
 
 
+K_DONE = False  # for an hour: until the compiled kernels of the paged cache are there
+
+
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, window: int | None = None, backend: str | None = None
 ) -> Tensor:
@@ -42,39 +45,70 @@ def softmax_attention_cached(
     keys: Tensor,
     values: Tensor,
     *,
-    seqlens: list[int],
-    past_lens: list[int],
-    slots: list[int],
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    num_decodes: int,
     window: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Run causal attention of new tokens over their sequences' caches, which already hold the new tokens' own rows.
+    """Run causal attention of new tokens over their sequences' pages, which already hold the new tokens' own rows.
+
+    Row r of the n new tokens of a sequence sees its first kv_len - n + r + 1 tokens.
 
     Args:
         q: [T, H, D], the new tokens of N sequences end to end.
-        keys, values: [slots, G, max_len, D], the pools; only read. Not differentiable.
-        seqlens, past_lens: per sequence, its new tokens in q and the tokens before them in the cache.
-        slots: per sequence, its row of the pools.
+        keys, values: [G, pages, PAGE_SIZE, D], the pools; only read. Not differentiable.
+        cu_seqlens: [N + 1] int32; sequence i is rows cu_seqlens[i]:cu_seqlens[i + 1] of q.
+        kv_lens: [N] int64, the tokens of each sequence, new ones included.
+        slots: [N] int64, the row of `block_tables` of each sequence.
+        block_tables: [slots, most pages] int32; entry j is the page of tokens j PAGE_SIZE to (j + 1) PAGE_SIZE - 1.
+        num_decodes: the first so many sequences decode: few rows each, through a kernel of their own.
         window, backend: as in `softmax_attention`.
 
     Returns:
         [T, H, D] in the dtype of q.
     """
     chosen = choose(backend)
+    if K_DONE and chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
+        return _cached_compiled(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, window)
     attend = attend_reference if chosen == "reference" else attend_torch
     out = torch.empty_like(q)
-    start = 0
-    if chosen == "compiled" and compiled.fits(q, keys, values, max_rows=q.shape[0]) and keys.dtype == q.dtype:
-        while start < len(seqlens) and seqlens[start] == 1:  # the sequences that decode come first
-            start += 1
-        if start:
-            lens = [past + 1 for past in past_lens[:start]]
-            out[:start] = compiled.attention_decode(q[:start], keys, values, slots[:start], lens, window)
-    for n, past, slot in zip(seqlens[start:], past_lens[start:], slots[start:], strict=True):
-        k, v = keys[slot, :, : past + n], values[slot, :, : past + n]
-        out[start : start + n] = attend(q[start : start + n], k.to(q.dtype), v.to(q.dtype), window)
-        start += n
+    page_size, bounds = keys.shape[2], cu_seqlens.tolist()
+    for i, (length, slot) in enumerate(zip(kv_lens.tolist(), slots.tolist(), strict=True)):
+        rows = slice(bounds[i], bounds[i + 1])
+        pages = block_tables[slot, : -(-length // page_size)]
+        k, v = (pool[:, pages].flatten(1, 2)[:, :length].to(q.dtype) for pool in (keys, values))
+        out[rows] = attend(q[rows], k, v, window)
     return out
+
+
+def _cached_compiled(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    num_decodes: int,
+    window: int | None,
+) -> Tensor:
+    """The sequences that decode through one kernel, the others through the other."""
+    m = num_decodes
+    if m == slots.shape[0]:
+        return compiled.attention_decode(q, keys, values, slots, block_tables, cu_seqlens, kv_lens, window)
+    if m == 0:
+        return compiled.attention_prefill(q, keys, values, slots, block_tables, cu_seqlens, kv_lens, window)
+    cut = int(cu_seqlens[m])
+    first, rest = cu_seqlens[: m + 1], cu_seqlens[m:] - cut
+    return torch.cat(
+        (
+            compiled.attention_decode(q[:cut], keys, values, slots[:m], block_tables, first, kv_lens[:m], window),
+            compiled.attention_prefill(q[cut:], keys, values, slots[m:], block_tables, rest, kv_lens[m:], window),
+        )
+    )
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch  # before the library: both then share the OpenMP threads that PyTorch loads
 from torch import Tensor
 
-MAX_ROWS = 32  # above, PyTorch's matrix product is faster (docs/decisions.md)
+MAX_ROWS = 32  # of a product; above, PyTorch's is faster (docs/decisions.md)
 
 _ARGUMENTS = {  # p pointer, n int64, f float32
     "linear_f32": "pppnnn",
@@ -42,9 +42,9 @@ def _load() -> ctypes.CDLL | None:
 library = _load()
 
 
-def fits(x: Tensor, *weights: Tensor, max_rows: int = MAX_ROWS) -> bool:
-    """Say whether the kernels take this: on a CPU, float32 rows and few of them, no gradient asked for."""
-    if x.shape[0] > max_rows or x.dtype != torch.float32 or not x.is_cpu:
+def fits(x: Tensor, *weights: Tensor) -> bool:
+    """Say whether the kernels take this: on a CPU, float32 rows, no gradient asked for."""
+    if x.dtype != torch.float32 or not x.is_cpu:
         return False
     training = torch.is_grad_enabled()
     for w in weights:

@@ -14,10 +14,18 @@ from torch import Tensor
 
 from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.experts_torch import expert_mlp_torch
+from minimax_m1.kernels.linear import MIN_ROWS, row_kernel_rows
 
 
 def expert_mlp(
-    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, backend: str | None = None
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    *,
+    backend: str | None = None,
+    num_decodes: int | None = None,
 ) -> Tensor:
     """Run every token through its experts and add up the results; differentiable in all but `expert_ids`.
 
@@ -25,18 +33,23 @@ def expert_mlp(
         x: [T, D].
         w13: [E, 2 I, D], gate rows (w1) above up rows (w3). w2: [E, D, I]. Cast to the dtype of x where they differ.
         expert_ids: [T, K] int64.
-        expert_weights: [T, K], what each expert's result counts.
+        expert_weights: [T, K], what each expert's result counts; in inference, 0 leaves the expert out.
         backend: one of `kernels.BACKENDS`, or None for the fastest.
+        num_decodes: as in `linear.linear`.
 
     Returns:
         [T, D] in the dtype of x.
     """
-    chosen = choose(backend)
-    if chosen == "reference":
+    if choose(backend) == "reference":
         return expert_mlp_reference(x, w13, w2, expert_ids, expert_weights)
-    if chosen == "compiled" and compiled.fits(x, w13, w2, expert_weights):
+    rows = row_kernel_rows(x, backend, num_decodes, w13, w2, expert_weights)
+    min_rows = MIN_ROWS if num_decodes is not None else 1
+    if rows == x.shape[0]:
         return compiled.experts(x, w13, w2, expert_ids, expert_weights)
-    return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights)
+    if rows == 0:
+        return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights, min_rows)
+    decoded = compiled.experts(x[:rows], w13, w2, expert_ids[:rows], expert_weights[:rows])
+    return torch.cat((decoded, expert_mlp_torch(x[rows:], w13, w2, expert_ids[rows:], expert_weights[rows:], min_rows)))
 
 
 def expert_mlp_reference(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

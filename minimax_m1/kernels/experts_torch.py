@@ -16,18 +16,31 @@ from torch import Tensor
 from minimax_m1.kernels.linear import matmul
 
 
-def expert_mlp_torch(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-    """Run the experts over sorted rows; arguments and results as `experts.expert_mlp`."""
+def expert_mlp_torch(
+    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, min_rows: int = 1
+) -> Tensor:
+    """Run the experts over sorted rows; arguments and results as `experts.expert_mlp`, `min_rows` as in `matmul`."""
     num_experts = w13.shape[0]
-    order = torch.argsort(expert_ids.flatten(), stable=True)  # sorted row -> (token, k), flattened
-    counts = torch.bincount(expert_ids.flatten(), minlength=num_experts).tolist()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w13, w2, expert_weights)):
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w13, w2, expert_weights))
+    ids = expert_ids.flatten()
+    if not training:  # what has no weight goes to an expert that does not exist, behind all others
+        ids = ids.masked_fill(expert_weights.flatten() == 0, num_experts)
+    order = torch.argsort(ids, stable=True)  # sorted row -> (token, k), flattened
+    counts = torch.bincount(ids, minlength=num_experts)[:num_experts].tolist()
+    if training:
         return _ExpertMLP.apply(x, w13, w2, expert_weights, order, counts)
-    return _run(x, w13, w2, expert_weights, order, counts, keep=False)[0]
+    return _run(x, w13, w2, expert_weights, order, counts, keep=False, min_rows=min_rows)[0]
 
 
 def _run(
-    x: Tensor, w13: Tensor, w2: Tensor, expert_weights: Tensor, order: Tensor, counts: list[int], keep: bool
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    expert_weights: Tensor,
+    order: Tensor,
+    counts: list[int],
+    keep: bool,
+    min_rows: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Return y [T, D] and, with `keep`, the pre-activations [S, 2 I] in sorted order."""
     top_k = expert_weights.shape[1]
@@ -39,12 +52,13 @@ def _run(
         if count == 0:
             continue
         part = slice(start, start + count)
-        h = matmul(rows[part], w13[e])
+        h = matmul(rows[part], w13[e], min_rows=min_rows)
         if kept is not None:
             kept[part] = h
         gate, up = h.chunk(2, -1)
-        y[part] = matmul(F.silu(gate).mul_(up), w2[e])
+        y[part] = matmul(F.silu(gate).mul_(up), w2[e], min_rows=min_rows)
         start += count
+    y[start:] = 0
     return _add_up(y, order, expert_weights.to(x.dtype)), kept
 
 

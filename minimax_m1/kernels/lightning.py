@@ -19,6 +19,9 @@ from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.lightning_torch import lightning_attention_torch
 
 
+K_DONE = False  # for an hour: until the compiled kernels of the paged cache are there
+
+
 def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
     """Return the decay slopes s [H] float32 of one layer; the decay of head h is exp(-s[h]) a token.
 
@@ -86,25 +89,72 @@ def lightning_attention_reference(
 
 
 def lightning_decode(
-    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """Advance N sequences by one token each, updating their states in place.
+    """Advance N sequences token by token, updating their states in place. Not differentiable.
 
     Args:
-        q, k, v: [N, H, D], one row a sequence.
+        q, k, v: [T, H, D], the rows of the sequences end to end.
         slope: [H] float32.
         states: [slots, H, D, D] float32, the pool of states; rows `slots` are read and written.
         slots: [N] int64, the row of `states` of each sequence, all different.
+        cu_seqlens: [N + 1] int32; None: one row a sequence.
         backend: as in `lightning_attention`.
 
     Returns:
-        o [N, H, D] in the dtype of v.
+        o [T, H, D] in the dtype of v; several rows of a sequence give to the bit what as many calls would.
     """
-    if choose(backend) == "compiled" and compiled.fits(q, states, max_rows=q.shape[0]):
-        return compiled.lightning_decode(q, k, v, slope, states, slots)
+    if K_DONE and choose(backend) == "compiled" and compiled.fits(q, states):
+        return compiled.lightning_decode(q, k, v, slope, states, slots, cu_seqlens)
+    if cu_seqlens is None or q.shape[0] == slots.shape[0]:
+        return _advance(q, k, v, slope, states, slots)
+    o = torch.empty_like(v)
+    first, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    for j in range(int(lengths.max())):  # the j-th token of every sequence that has one
+        active = lengths > j
+        rows = first[active] + j
+        o[rows] = _advance(q[rows], k[rows], v[rows], slope, states, slots[active])
+    return o
+
+
+def _advance(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor) -> Tensor:
+    """One token a sequence: S = exp(-slope) S + k^T v, o = q S."""
     dtype = states.dtype
     decay = torch.exp(-slope.to(dtype))
     state = states[slots]
     state.mul_(decay[:, None, None]).addcmul_(k.to(dtype)[..., :, None], v.to(dtype)[..., None, :])
     states[slots] = state
     return torch.matmul(q.to(dtype)[..., None, :], state)[..., 0, :].to(v.dtype)
+
+
+def lightning_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """Run a chunk of each of N prompts behind its state in the pool, updated in place. Not differentiable.
+
+    Arguments as in `lightning_decode`. Tokens are taken in blocks of 64 from each sequence's first row, so prompts
+    that are cut at multiples of 64 give the same bits however they are cut.
+
+    Returns:
+        o [T, H, D] in the dtype of v.
+    """
+    chosen = choose(backend)
+    if K_DONE and chosen == "compiled" and compiled.fits(q, states):
+        return compiled.lightning_prefill(q, k, v, slope, states, slots, cu_seqlens)
+    run = lightning_attention_reference if chosen == "reference" else lightning_attention_torch
+    o, states[slots] = run(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=states[slots])
+    return o

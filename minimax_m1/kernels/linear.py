@@ -14,31 +14,61 @@ from minimax_m1.kernels import choose, compiled
 # Only these CPUs multiply bfloat16 faster than float32 (measured: 4 times); on others it is 8 to 150 times slower.
 CPU_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
+MIN_ROWS = 16  # from so many rows on, a row of PyTorch's product does not depend on how many others there are
 
-def linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
+
+def linear(x: Tensor, weight: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
     """Return x weight^T [M, N] in the dtype of x [M, K]; differentiable.
+
+    Args:
+        num_decodes: inference with a cache: the first so many rows belong to decoding sequences. They run through the
+            row kernels and all others through `matmul`, however many they are, so that a row's result is the same to
+            the bit whatever else is in the batch. None: whichever is faster for this number of rows.
 
     Where x is float32 and the weight bfloat16, as on a CPU, the product is taken as `matmul` says.
     """
-    if choose(backend) == "compiled" and compiled.fits(x, weight):
-        return compiled.linear(x, weight)
-    return matmul(x, weight, backend)
+    return _linear(x, weight, backend, num_decodes, widen=False)
 
 
-def float32_linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
-    """Return x weight^T [M, N] computed in float32 (float64 if x is), whatever the dtype of either; differentiable."""
+def float32_linear(x: Tensor, weight: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
+    """Return x weight^T computed in float32 (float64 if x is), whatever the dtype of either; differentiable.
+
+    `num_decodes` as in `linear`.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if choose(backend) == "compiled" and compiled.fits(x, weight):
+    return _linear(x, weight, backend, num_decodes, widen=True)
+
+
+def _linear(x: Tensor, weight: Tensor, backend: str | None, num_decodes: int | None, widen: bool) -> Tensor:
+    """Run the first rows through the row kernel, the rest through `matmul`, the weight widened to x's dtype or not."""
+    rows = row_kernel_rows(x, backend, num_decodes, weight)
+    if rows == x.shape[0]:
         return compiled.linear(x, weight)
-    return F.linear(x, weight.to(x.dtype))
+    min_rows = MIN_ROWS if num_decodes is not None else 1
+    rest = matmul(x[rows:], weight.to(x.dtype) if widen else weight, backend, min_rows)
+    return rest if rows == 0 else torch.cat((compiled.linear(x[:rows], weight), rest))
 
 
-def matmul(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
+def row_kernel_rows(x: Tensor, backend: str | None, num_decodes: int | None, *weights: Tensor) -> int:
+    """Return how many rows of x, from the first, run through the compiled row kernels."""
+    if choose(backend) != "compiled" or not compiled.fits(x, *weights):
+        return 0
+    if num_decodes is None:
+        return x.shape[0] if x.shape[0] <= compiled.MAX_ROWS else 0
+    return num_decodes
+
+
+def matmul(x: Tensor, weight: Tensor, backend: str | None = None, min_rows: int = 1) -> Tensor:
     """Return x weight^T in the dtype of x through PyTorch's product, in the type that is fastest here.
+
+    Fewer rows than `min_rows` are filled up with zeros: below 16 PyTorch's product sums in another order.
 
     float32 rows times a bfloat16 weight: a CPU with bfloat16 instructions rounds the rows, as a GPU would; any other,
     and the reference, widens the weight, which is exact.
     """
+    rows = x.shape[0]
+    if rows < min_rows:
+        return matmul(F.pad(x, (0, 0, 0, min_rows - rows)), weight, backend)[:rows]
     narrow = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and CPU_MULTIPLIES_BFLOAT16
     if narrow and choose(backend) != "reference":
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -48,7 +78,7 @@ def matmul(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
     """Return x · rsqrt(mean(x²) + eps), taken in float32 and cast back to the dtype of x [M, K], times weight [K]."""
     # one pass over memory instead of five, so for any number of rows
-    if choose(backend) == "compiled" and compiled.fits(x, weight, max_rows=x.shape[0]) and weight.dtype == x.dtype:
+    if choose(backend) == "compiled" and compiled.fits(x, weight) and weight.dtype == x.dtype:
         return compiled.rms_norm(x, weight, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)
