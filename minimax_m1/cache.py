@@ -36,6 +36,10 @@ class PagePool:
         """Pages that nobody holds."""
         return len(self._free)
 
+    def holders(self, page: int) -> int:
+        """Return by how many `page` is held; 0: it is free."""
+        return self._holders[page]
+
     def take(self, count: int) -> list[int] | None:
         """Return `count` free pages, each held once; None, and nothing taken, if there are not so many."""
         if count > len(self._free):
