@@ -11,15 +11,19 @@ Shapes: B rows, L prompt columns, V ids.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from minimax_m1.cache import HybridCache
+from minimax_m1.continuation import Continuation, choose_tokens
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM, check_inputs
-from minimax_m1.sampling import SamplingParams, choose_tokens, forbidden_ids, fresh_seed
+from minimax_m1.sampling import SamplingParams, forbidden_ids, fresh_seed
+
+if TYPE_CHECKING:
+    from minimax_m1.grammar import GrammarCompiler
 
 PREFILL_CHUNK = 2048  # prompt tokens that run at once: enough to fill the cores, few enough for any memory
 OFFICIAL_VOCAB_SIZE, OFFICIAL_EOS_TOKEN_ID = 200_064, 200_020  # M1's config.json says null, its tokenizer says 200020
@@ -179,34 +183,46 @@ def _steps(
     first_row: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield for each step the (row, token) of every row that has not ended."""
-    _check_request(model, prompts, params, tokenizer, prefill_chunk)
-    seeds = [fresh_seed() if p.seed is None else p.seed + first_row + row for row, p in enumerate(params)]
-    ending = [frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else eos) for p in params]
+    _check_request(model, prompts, params, prefill_chunk)
+    vocab_size = model.config.vocab_size
     forbidden = forbidden_ids(model.model.embed_tokens.weight, _num_valid_tokens(tokenizer))
-    outputs: list[list[int]] = [[] for _ in prompts]
+    grammars = _grammars(params, tokenizer, vocab_size)
+    outputs = []
+    for row, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        seed = fresh_seed() if p.seed is None else p.seed + first_row + row
+        reader = tokenizer if _reads_text(p) else None
+        matcher = None if grammars is None else grammars.matcher(p, eos)
+        outputs.append(Continuation(p, seed, prompt, eos, reader, vocab_size, matcher=matcher))
     max_len = max(len(prompt) + p.max_new_tokens for prompt, p in zip(prompts, params, strict=True))
     cache = HybridCache(model.config, len(prompts), max_len, model.compute_dtype, model.device)
 
     rows = list(range(len(prompts)))
     hidden = _prefill(model, prompts, cache, prefill_chunk, backend)
     while True:
-        tokens = choose_tokens(
-            model.compute_logits(hidden, backend),
-            [params[row] for row in rows],
-            [prompts[row] for row in rows],
-            [outputs[row] for row in rows],
-            [seeds[row] for row in rows],
-            forbidden=forbidden,
-            ending_ids=[ending[row] for row in rows],
-        ).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            outputs[row].append(token)
-        yield list(zip(rows, tokens, strict=True))
-        rows = [row for row in rows if not _has_ended(outputs[row], params[row], ending[row], tokenizer)]
+        choices = choose_tokens(model.compute_logits(hidden, backend), [outputs[row] for row in rows], forbidden)
+        for row, choice in zip(rows, choices, strict=True):
+            outputs[row].append(*choice)
+        yield [(row, choice.token) for row, choice in zip(rows, choices, strict=True)]
+        rows = [row for row in rows if outputs[row].finish_reason is None]
         if not rows:
             return
-        step = torch.tensor([outputs[row][-1] for row in rows], device=model.device)
+        step = torch.tensor([outputs[row].output_ids[-1] for row in rows], device=model.device)
         hidden, _ = model.forward_packed(step, cache.batch(rows, [1] * len(rows), backend), cache)
+
+
+def _reads_text(params: SamplingParams) -> bool:
+    """Whether the tokens of an output depend on its text."""
+    has_grammar = params.structured is not None or bool(params.forced_tools)
+    return bool(params.stop) or params.max_thinking_tokens is not None or has_grammar
+
+
+def _grammars(params: list[SamplingParams], tokenizer: Any, vocab_size: int) -> GrammarCompiler | None:
+    """Return a compiler of grammars if a row has one."""
+    if tokenizer is None or not any(p.structured is not None or p.forced_tools for p in params):
+        return None
+    from minimax_m1.grammar import GrammarCompiler  # only here: most texts have no grammar
+
+    return GrammarCompiler(tokenizer, vocab_size)
 
 
 def _prefill(
@@ -244,26 +260,6 @@ def _plan_chunks(lengths: list[int], chunk: int) -> Iterator[list[tuple[int, int
         yield pieces
 
 
-def _has_ended(output: list[int], params: SamplingParams, ending: frozenset[int], tokenizer: Any) -> bool:
-    """Whether the newest token of `output` ends its row."""
-    if len(output) >= params.max_new_tokens:
-        return True
-    if len(output) < params.min_tokens:
-        return False
-    return output[-1] in ending or any(_ends_with_new(output, stop, tokenizer) for stop in params.stop)
-
-
-def _ends_with_new(output: list[int], stop: str, tokenizer: Any) -> bool:
-    """Whether the newest token completes the text `stop`.
-
-    Only the end of the output is decoded: every token holds at least one byte, so a text that ends in the newest token
-    begins at most its number of bytes before.
-    """
-    tail = output[-len(stop.encode()) - 1 :]
-    before = tokenizer.decode(tail[:-1]).rstrip("\ufffd")  # a character that the newest token completes is new
-    return tokenizer.decode(tail).find(stop, max(0, len(before) - len(stop) + 1)) >= 0
-
-
 # -- what the caller left open --------------------------------------------------------------------------------------
 
 
@@ -291,14 +287,13 @@ def _check_request(
     model: MiniMaxM1ForCausalLM,
     prompts: list[list[int]],
     params: list[SamplingParams],
-    tokenizer: Any,
     prefill_chunk: int,
 ) -> None:
     vocab_size = model.config.vocab_size
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk: {prefill_chunk} cannot be used; accepted: a whole number of at least 1")
-    if any(p.stop for p in params) and tokenizer is None:
-        raise UserError("stop: stop strings are matched on text; give the tokenizer as well")
+    if any(p.n > 1 for p in params):
+        raise UserError("n: cannot be used here; accepted: 1 (give the prompt several times, or use the engine)")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt: prompt {row} is empty; accepted: at least one token")

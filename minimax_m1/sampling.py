@@ -1,24 +1,81 @@
-"""How the next token is chosen: `SamplingParams` and pure functions on logits.
+"""How the next token is chosen: `SamplingParams`, and pure functions on one row of logits.
 
-Shapes: N rows (sequences), V ids of the vocabulary; logits are [N, V] float32, one row's outcome never depends on
-another row. An id with logit -inf is never chosen. No function changes its arguments.
+Shapes: V ids of the vocabulary; a row is [V] float32, a numpy array on the CPU. Rows are worked on one by one, so that
+one row's outcome cannot depend on another row, and so that its temporaries stay in the processor's cache: for 64 rows of
+200,000 ids that is several times faster than operations on the whole matrix. An id with logit -inf is never chosen.
+No function changes its arguments, but for those named `scratch`. No torch at import.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
+import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from minimax_m1.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_LOGPROBS = 20
+THINKING_40K, THINKING_80K = 40_000, 80_000  # M1's two thinking budgets, for `max_thinking_tokens`
+_BLOCK = 256  # weights are summed block by block, so that a draw reads one block and not the whole vocabulary
+_COLDEST = 1e-30  # temperatures below are as cold as this one; float32 could not divide by them
+
+
+@dataclass(frozen=True)
+class StructuredOutput:
+    """The form that the content must have; exactly one field is given. Thinking before it stays free.
+
+    Raises:
+        UserError: none or several fields, or a field of the wrong type; whether a schema can be used is only known to
+            `grammar.GrammarCompiler`.
+    """
+
+    json_schema: Mapping[str, Any] | str | None = None  # a JSON schema, or its JSON text
+    json_object: bool = False  # any JSON object
+    regex: str | None = None  # a regular expression that the whole content matches (Rust's syntax, no look-around)
+    choice: tuple[str, ...] = ()  # one of these texts
+    grammar: str | None = None  # a grammar in llguidance's dialect of Lark
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
+            raise UserError(f"structured.choice: {self.choice!r} cannot be used; accepted: texts that are not empty")
+        object.__setattr__(self, "choice", tuple(self.choice))
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False, ())]
+        if len(given) != 1:
+            names = ", ".join(f.name for f in dataclasses.fields(self))
+            raise UserError(f"structured: {given} cannot be used; accepted: exactly one of {names}")
+        if not isinstance(self.json_object, bool):
+            raise UserError(f"structured.json_object: {self.json_object!r} cannot be used; accepted: true")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UserError(f"structured.{name}: {getattr(self, name)!r} cannot be used; accepted: a text")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _read_schema("structured.json_schema", self.json_schema))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> StructuredOutput:
+        """Build from a mapping.
+
+        Raises:
+            UserError: an unknown field, naming the nearest one; else as the class.
+        """
+        _check_names(cls, "structured field", values)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is continued; the names are vLLM's, but for `max_new_tokens`, which is Transformers'.
+    """How one prompt is continued; the names are vLLM's, but for `max_new_tokens`, which is Transformers'.
 
     Raises:
         UserError: a value out of its range; the message names the field, the value and what is accepted.
@@ -33,11 +90,22 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once from what stands in the output
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
     min_tokens: int = 0  # no eos, stop id or stop string ends the output before it has this many tokens
-    stop: tuple[str, ...] = ()  # texts that end the output; the token that completes one is its last
+    stop: tuple[str, ...] = ()  # texts that end the output, also in its thinking; `text` ends before the stop string
     stop_token_ids: tuple[int, ...] = ()  # ids that end the output, besides eos
     ignore_eos: bool = False
     seed: int | None = None  # None: another draw every time
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> what is added to its logit
+    n: int = 1  # outputs for the prompt; output i draws from seed + i
+    logprobs: int | None = None  # 0: of each chosen token; k: of the k most probable as well; None: off
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    max_thinking_tokens: int | None = None  # tokens between <think> and its close; 0: no thinking; None: no limit
+    repetition_stop_tokens: int = 3000  # this many tokens in a row above the next field end the output; 0: off
+    repetition_stop_probability: float = 0.99  # a token's under the model itself, before temperature and penalties
+    structured: StructuredOutput | None = None  # the form of the content
+    tools: tuple[Mapping[str, Any], ...] = ()  # definitions that `tool_choice` refers to; the template shows them
+    tool_choice: str | Mapping[str, Any] = "auto"  # none, auto, required, or {"name": tool}: the content is its call
+    parallel_tool_calls: bool = True  # whether forced calls may be several
+    expert_threshold: float = 1.0  # a token uses its experts until their weights reach this; 1: the model's own top-k
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -63,133 +131,107 @@ class SamplingParams:
             _check_whole("stop_token_ids", token, 0)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias: {self.logit_bias!r} cannot be used; accepted: a mapping from id to number")
         for token, bias in self.logit_bias.items():
             _check_whole("logit_bias", token, 0)
             _check_number("logit_bias", bias, -100, 100)
+        _check_whole("n", self.n, 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 0, MOST_LOGPROBS)
+        if self.max_thinking_tokens is not None:
+            _check_whole("max_thinking_tokens", self.max_thinking_tokens, 0)
+        _check_whole("repetition_stop_tokens", self.repetition_stop_tokens, 0)
+        _check_number("repetition_stop_probability", self.repetition_stop_probability, 0, 1)
+        for name in ("ignore_eos", "parallel_tool_calls"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}: {getattr(self, name)!r} cannot be used; accepted: true or false")
+        _check_number("expert_threshold", self.expert_threshold, 0, 1, above=True)
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Check what constrains the content: `structured`, or `tools` with `tool_choice`."""
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise UserError(f"structured: {self.structured!r} cannot be used; accepted: a StructuredOutput")
+        if self.tools or self.tool_choice not in ("auto", "none"):
+            from minimax_m1.tokenizer.chat_template import check_tools  # only here, as it imports the template engine
+
+            object.__setattr__(self, "tools", tuple(check_tools(self.tools)))
+        names = [tool_function(tool)["name"] for tool in self.tools]
+        choice = self.tool_choice
+        if isinstance(choice, Mapping):
+            function = choice.get("function", choice)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if name not in names:
+                raise UserError(f"tool_choice: {choice!r} cannot be used; accepted: the name of a tool, one of {names}")
+            object.__setattr__(self, "tool_choice", {"name": name})
+        elif choice not in ("none", "auto", "required"):
+            raise UserError(f'tool_choice: {choice!r} cannot be used; accepted: none, auto, required, or {{"name": …}}')
+        elif choice == "required" and not names:
+            raise UserError("tool_choice: 'required' cannot be used; accepted when tools are given")
+        if self.forced_tools and self.structured is not None:
+            raise UserError("structured: cannot be used with a forced tool call; accepted: one of the two")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from a mapping, such as a JSON object: lists for tuples, ids as text in `logit_bias`.
+
+        Raises:
+            UserError: an unknown field, naming the nearest one; else as the class.
+        """
+        _check_names(cls, "sampling field", values)
+        values = dict(values)
+        if isinstance(values.get("structured"), Mapping):
+            values["structured"] = StructuredOutput.parse(values["structured"])
+        if isinstance(values.get("logit_bias"), Mapping):
+            values["logit_bias"] = {
+                int(token) if isinstance(token, str) and token.isdecimal() else token: bias
+                for token, bias in values["logit_bias"].items()
+            }
+        for name in ("stop_token_ids", "tools"):
+            if not isinstance(values.get(name, ()), Sequence) or isinstance(values.get(name), str):
+                raise UserError(f"{name}: {values[name]!r} cannot be used; accepted: a list")
+        return cls(**values)
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken, so that no draw is needed."""
         return self.temperature == 0
 
+    @property
+    def forced_tools(self) -> tuple[Mapping[str, Any], ...]:
+        """The tools of which one must be called; empty if the model may decide."""
+        if isinstance(self.tool_choice, Mapping):
+            return tuple(tool for tool in self.tools if tool_function(tool)["name"] == self.tool_choice["name"])
+        return self.tools if self.tool_choice == "required" else ()
 
-def choose_tokens(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    *,
-    forbidden: Tensor | None = None,
-    ending_ids: Sequence[Collection[int]] | None = None,
-) -> Tensor:
-    """Choose each row's next token: bans, bias, penalties, then greedy or temperature, top_k, top_p, min_p and a draw.
+    @property
+    def can_stop_repeating(self) -> bool:
+        """Whether the repetition stop is on and can come before `max_new_tokens`."""
+        return 0 < self.repetition_stop_tokens < self.max_new_tokens
 
-    The draw of a row depends on its seed, on `len(outputs[row])` and on its logits, on nothing else in the batch.
 
-    Args:
-        logits: [N, V] float32.
-        params, prompts, outputs, seeds: one entry a row; `outputs` are the tokens generated so far.
-        forbidden: [V] bool, ids that are never chosen.
-        ending_ids: per row, the ids that would end it (eos and stop ids), banned until `min_tokens` are there.
-    Returns:
-        [N] int64, on the device of `logits`.
+def tool_function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tool's `{"name", "description", "parameters"}`, given bare or inside OpenAI's `{"function": ...}`."""
+    return tool.get("function", tool)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's log-probability under the model itself: log-softmax of the raw float32 logits of all V ids.
+
+    Neither temperature, penalties, bias nor masks are in it, as in OpenAI's API and in vLLM (`raw_logprobs`).
     """
-    logits = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
-    if ending_ids is not None:
-        too_early = [len(output) < p.min_tokens for output, p in zip(outputs, params, strict=True)]
-        logits = ban_ids(logits, [ids if early else () for ids, early in zip(ending_ids, too_early, strict=True)])
-    logits = add_bias(logits, [p.logit_bias for p in params])
-    logits = apply_penalties(logits, params, prompts, outputs)
-    tokens = logits.argmax(dim=-1)
-    drawn = [row for row, p in enumerate(params) if not p.greedy]
-    if drawn:
-        chosen = [params[row] for row in drawn]
-        kept = filter_logits(logits[drawn], chosen)
-        draws = [uniform(seeds[row], len(outputs[row])) for row in drawn]
-        tokens[drawn] = draw(kept.softmax(dim=-1), draws)
-    return tokens
+
+    token: int
+    logprob: float
+    rank: int  # 1: the most probable; ids that are never sampled do not count
+    top: tuple[tuple[int, float], ...] = ()  # (id, log-probability) of the most probable ids, best first
 
 
-def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Apply temperature, top_k, top_p and min_p of rows with a temperature above 0, in Transformers' order."""
-
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
-
-    logits = apply_temperature(logits, column([p.temperature for p in params]))
-    if any(p.top_k > 0 for p in params):
-        logits = apply_top_k(logits, column([p.top_k for p in params], torch.int64))
-    if any(p.top_p < 1 for p in params):
-        logits = apply_top_p(logits, column([p.top_p for p in params]))
-    if any(p.min_p > 0 for p in params):
-        logits = apply_min_p(logits, column([p.min_p for p in params]))
-    return logits
-
-
-# -- penalties and bans -------------------------------------------------------------------------------------------
-
-
-def apply_penalties(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[int]],
-) -> Tensor:
-    """Apply repetition, then frequency and presence penalties.
-
-    An id of the prompt or the output: a positive logit is divided by `repetition_penalty`, a negative one multiplied
-    (Keskar et al. 2019, arXiv 1909.05858; as Transformers' RepetitionPenaltyLogitsProcessor and vLLM). An id of the
-    output: minus `frequency_penalty` times its count, minus `presence_penalty` (OpenAI's definition, as vLLM).
-    """
-    rows = [
-        row
-        for row, p in enumerate(params)
-        if p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    ]
-    if not rows:
-        return logits
-    logits = logits.clone()
-    for row in rows:
-        p = params[row]
-        counts = _counts(outputs[row], logits)
-        seen = (counts + _counts(prompts[row], logits)) > 0
-        scores = logits[row]
-        penalised = torch.where(scores > 0, scores / p.repetition_penalty, scores * p.repetition_penalty)
-        scores = torch.where(seen, penalised, scores)
-        logits[row] = scores - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
-    return logits
-
-
-def add_bias(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> Tensor:
-    """Add each row's id -> bias; an id outside the vocabulary is an error.
-
-    Raises:
-        UserError: a biased id is not in the vocabulary.
-    """
-    if not any(biases):
-        return logits
-    logits = logits.clone()
-    for row, bias in enumerate(biases):
-        for token, value in bias.items():
-            if token >= logits.shape[1]:
-                raise UserError(f"logit_bias: id {token} cannot be used; accepted: 0 to {logits.shape[1] - 1}")
-            logits[row, token] += value
-    return logits
-
-
-def ban_ids(logits: Tensor, ids: Sequence[Collection[int]]) -> Tensor:
-    """Set the logits of each row's ids to -inf."""
-    if not any(ids):
-        return logits
-    logits = logits.clone()
-    for row, banned in enumerate(ids):
-        logits[row, torch.tensor(sorted(banned), dtype=torch.int64, device=logits.device)] = -torch.inf
-    return logits
-
-
-def forbidden_ids(embedding: Tensor, num_valid_tokens: int | None = None) -> Tensor:
-    """Return [V] bool: ids from `num_valid_tokens` on, and ids whose embedding row is all zero.
+def forbidden_ids(embedding: Tensor, num_valid_tokens: int | None = None) -> NDArray[np.int64]:
+    """Return the ids, ascending, from `num_valid_tokens` on, and those whose embedding row is all zero.
 
     Such ids were never trained, so their logit is about 0 and sampling drifts to them (Text-01: ids from 200032 on,
     vllm#19592).
@@ -203,64 +245,155 @@ def forbidden_ids(embedding: Tensor, num_valid_tokens: int | None = None) -> Ten
     forbidden[suspects] = ~embedding[suspects].any(dim=1)
     if num_valid_tokens is not None:
         forbidden[num_valid_tokens:] = True
-    return forbidden
+    return forbidden.nonzero().flatten().cpu().numpy()
 
 
-# -- the set that is drawn from -----------------------------------------------------------------------------------
+# -- penalties ----------------------------------------------------------------------------------------------------
 
 
-def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Divide by `temperature` ([N, 1], above 0), the maximum moved to 0, so that none is too small to divide by."""
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+class TokenCounts:
+    """The ids that penalties concern, kept while the output grows: a token costs the same however long it is."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        """Begin with a prompt and an empty output."""
+        self._seen = _Column(np.unique(np.asarray(prompt_ids, dtype=np.int64)))
+        self._ids = _Column(np.empty(0, dtype=np.int64))  # of the output
+        self._counts = _Column(np.empty(0, dtype=np.float32))
+        self._place: dict[int, int] = {}  # id of the output -> its index in the two columns
+        self._known = set(self._seen.values.tolist())
+
+    def add(self, token: int) -> None:
+        """Count one more token of the output."""
+        place = self._place.get(token)
+        if place is not None:
+            self._counts.values[place] += 1
+            return
+        self._place[token] = len(self._place)
+        self._ids.append(token)
+        self._counts.append(1)
+        if token not in self._known:
+            self._known.add(token)
+            self._seen.append(token)
+
+    def copy(self) -> TokenCounts:
+        """Return counts that go on independently."""
+        twin = TokenCounts(())
+        twin._seen, twin._ids, twin._counts = self._seen.copy(), self._ids.copy(), self._counts.copy()
+        twin._place, twin._known = self._place.copy(), self._known.copy()
+        return twin
+
+    def penalise(self, row: NDArray[np.float32], params: SamplingParams) -> None:
+        """Apply repetition, then frequency and presence penalties to `row`, in place.
+
+        An id of the prompt or the output: a positive logit is divided by `repetition_penalty`, a negative one
+        multiplied (Keskar et al. 2019, arXiv 1909.05858; as Transformers' RepetitionPenaltyLogitsProcessor and vLLM).
+        An id of the output: minus `frequency_penalty` times its count, minus `presence_penalty` (OpenAI's definition,
+        as vLLM).
+        """
+        if params.repetition_penalty != 1:
+            seen = self._seen.values
+            scores, penalty = row[seen], np.float32(params.repetition_penalty)
+            row[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+        if params.frequency_penalty != 0 or params.presence_penalty != 0:
+            row[self._ids.values] -= self._counts.values * params.frequency_penalty + params.presence_penalty
 
 
-def apply_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """Keep each row's `top_k` ([N, 1] int64, 0: all) largest logits, and those equal to the last of them."""
-    most = min(int(top_k.max()), logits.shape[-1])
-    largest = logits.topk(most, dim=-1).values
-    last = largest.gather(1, (top_k - 1).clamp(0, most - 1))
-    return logits.masked_fill(logits < last.masked_fill(top_k == 0, -torch.inf), -torch.inf)
+class _Column:
+    """A one-dimensional array that grows at its end."""
 
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._memory, self._size = values, len(values)
 
-def apply_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the most probable ids until they sum to `top_p` ([N, 1], 1: all), and those as probable as the last of them.
+    @property
+    def values(self) -> NDArray[Any]:
+        return self._memory[: self._size]
 
-    Source: nucleus sampling, Holtzman et al. 2019 (arXiv 1904.09751).
-    """
-    probabilities = logits.softmax(dim=-1)
-    vocab_size = logits.shape[-1]
-    for k in (1024, 32_768, vocab_size):  # sorting 200,000 ids takes 30 ms, finding the best thousand 1 ms
-        largest = probabilities.topk(min(k, vocab_size), dim=-1).values
-        cumulated = largest.cumsum(dim=-1)
-        if bool(((cumulated[:, -1:] >= top_p) | (top_p >= 1)).all()):
-            break
-    kept = (cumulated - largest < top_p).sum(dim=-1, keepdim=True)  # those before which the sum is not reached
-    last = largest.gather(1, kept - 1)
-    return logits.masked_fill(probabilities < last.masked_fill(top_p >= 1, 0.0), -torch.inf)
+    def append(self, value: float) -> None:
+        if self._size == len(self._memory):
+            self._memory = np.resize(self._memory, max(16, 2 * self._size))
+        self._memory[self._size] = value
+        self._size += 1
 
-
-def apply_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
-    """Keep ids whose probability is at least `min_p` ([N, 1]) times the largest (arXiv 2407.01082)."""
-    probabilities = logits.softmax(dim=-1)
-    too_small = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(too_small, -torch.inf)
+    def copy(self) -> _Column:
+        return _Column(self.values.copy())
 
 
 # -- the draw -----------------------------------------------------------------------------------------------------
 
 
-def draw(probabilities: Tensor, draws: Sequence[float]) -> Tensor:
-    """Return the id at each row's quantile: the first whose cumulated probability exceeds draw x total.
+def new_scratch(vocab_size: int) -> NDArray[np.float32]:
+    """Return room for the weights of one row, for the functions below; what lies behind V stays zero."""
+    return np.zeros(-(-vocab_size // _BLOCK) * _BLOCK, dtype=np.float32)
+
+
+def draw_token(
+    row: NDArray[np.float32], params: SamplingParams, quantile: float, scratch: NDArray[np.float32]
+) -> int:
+    """Draw a token of a row with a temperature above 0: temperature, top_k, top_p, min_p in Transformers' order.
 
     Args:
-        probabilities: [N, V] float, not negative, each row with a positive sum.
-        draws: N numbers in [0, 1).
-    Returns:
-        [N] int64; never an id of probability 0.
+        row: [V] float32, at least one of them finite.
+        quantile: a number in [0, 1); the token is the one at this quantile of the ids' distribution.
+        scratch: from `new_scratch`.
     """
-    cumulated = probabilities.double().cumsum(dim=-1)  # float32 would lose the tail of 200,000 ids
-    target = torch.tensor(draws, dtype=torch.float64, device=probabilities.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True).flatten()
+    totals = exponentials(row, params.temperature, scratch)
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        weights = scratch[: len(row)]
+        kept = keep_ids(weights, float(totals[-1]), params)
+        return int(kept[_at_quantile(weights[kept].cumsum(dtype=np.float64), quantile)])
+    block = _at_quantile(totals, quantile)
+    before = float(totals[block - 1]) if block else 0.0
+    inside = scratch[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    share = (quantile * float(totals[-1]) - before) / (float(totals[block]) - before)
+    return block * _BLOCK + _at_quantile(inside, share)
+
+
+def exponentials(
+    row: NDArray[np.float32], temperature: float, scratch: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Write exp((row - max) / temperature) to scratch[:V]; return the sums of its blocks, cumulated."""
+    weights = scratch[: len(row)]
+    np.subtract(row, row.max(), out=weights)
+    if temperature != 1:
+        with np.errstate(over="ignore"):
+            np.divide(weights, np.float32(max(temperature, _COLDEST)), out=weights)
+    np.exp(weights, out=weights)
+    return scratch.reshape(-1, _BLOCK).sum(axis=1).cumsum(dtype=np.float64)
+
+
+def keep_ids(weights: NDArray[np.float32], total: float, params: SamplingParams) -> NDArray[np.int64]:
+    """Return the ids, ascending, that top_k, top_p and min_p leave; ids as probable as the last of a set are in it.
+
+    Args:
+        weights: [V] float32, proportional to the probabilities, the largest 1.
+        total: their sum.
+    Source: nucleus sampling, Holtzman et al. 2019 (arXiv 1904.09751); min_p, arXiv 2407.01082.
+    """
+    least = params.min_p
+    if params.top_k > 0 or params.top_p < 1:
+        for bound in (2e-3, 1e-5, 0.0):  # sorting all ids takes long, and the likely ones are mostly enough
+            likely = np.flatnonzero(weights > bound)
+            values = weights[likely]
+            enough = len(values) >= params.top_k if params.top_k > 0 else values.sum() > params.top_p * total
+            if enough:
+                break
+        values = np.sort(values)[::-1]
+        if 0 < params.top_k < len(values):
+            least = max(least, float(values[params.top_k - 1]))
+            values = values[: np.searchsorted(-values, -values[params.top_k - 1], side="right")]
+        if params.top_p < 1:
+            sums = values.cumsum(dtype=np.float64)
+            total = float(sums[-1]) if params.top_k > 0 else total
+            kept = int(np.searchsorted(sums, params.top_p * total, side="left")) + 1  # the first that reaches it
+            least = max(least, float(values[min(kept, len(values)) - 1]))
+        return likely[weights[likely] >= np.float32(least)]
+    return np.flatnonzero(weights >= np.float32(least))
+
+
+def _at_quantile(sums: NDArray[np.float64], quantile: float) -> int:
+    """Return the first index whose cumulated sum exceeds quantile x the last one; never one that adds nothing."""
+    last = int(np.searchsorted(sums, sums[-1], side="left"))  # the last that adds something
+    return min(int(np.searchsorted(sums, quantile * sums[-1], side="right")), last)
 
 
 def uniform(seed: int, step: int) -> float:
@@ -287,15 +420,68 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _counts(tokens: Sequence[int], logits: Tensor) -> Tensor:
-    """How often each id stands in `tokens`: [V] on the device of `logits`."""
-    ids = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-    return torch.bincount(ids, minlength=logits.shape[1])
+# -- log-probabilities --------------------------------------------------------------------------------------------
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}: {value!r} cannot be used; accepted: a whole number of at least {least}")
+def token_logprob(row: NDArray[np.float32], token: int, scratch: NDArray[np.float32]) -> float:
+    """Return log-softmax(row)[token]; `scratch` is from `new_scratch`."""
+    total = float(exponentials(row, 1.0, scratch)[-1])
+    return float(row[token]) - float(row.max()) - math.log(total)
+
+
+def describe_token(
+    row: NDArray[np.float32], token: int, logprob: float, top: int, forbidden: NDArray[np.int64] | None = None
+) -> TokenLogprob:
+    """Add rank and the `top` most probable ids (of equal ones the smaller id first) to a token's log-probability.
+
+    Args:
+        row: [V] float32, raw logits.
+        forbidden: ids that are left out of rank and list, as no text belongs to them.
+    """
+    if forbidden is not None and len(forbidden):
+        row = row.copy()
+        own = row[token]
+        row[forbidden] = -np.inf
+        row[token] = own
+    rank = 1 + int(np.count_nonzero(row > row[token]))
+    if not top:
+        return TokenLogprob(token, logprob, rank)
+    top = min(top, len(row))
+    least = np.partition(row, len(row) - top)[len(row) - top]
+    ids = np.flatnonzero(row >= least)
+    ids = ids[np.argsort(-row[ids], kind="stable")][:top]
+    shift = logprob - float(row[token])
+    best = tuple((int(i), float(row[i]) + shift) for i in ids if row[i] > -np.inf)
+    return TokenLogprob(token, logprob, rank, best)
+
+
+def prompt_logprobs(
+    logits: Tensor, next_ids: Sequence[int], top: int, forbidden: NDArray[np.int64] | None = None
+) -> list[TokenLogprob]:
+    """Return each next token's log-probability, for a chunk of a prompt.
+
+    Args:
+        logits: [T, V] float32, of T positions of the prompt.
+        next_ids: T ids, what follows each position. (A prompt's first token has no log-probability.)
+        top: how many of the most probable ids to list.
+        forbidden: see `describe_token`.
+    """
+    rows = logits.detach().float().cpu().numpy()
+    scratch = new_scratch(rows.shape[1])
+    return [
+        describe_token(row, token, token_logprob(row, token, scratch), top, forbidden)
+        for row, token in zip(rows, next_ids, strict=True)
+    ]
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
+    if not fits:
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name}: {value!r} cannot be used; accepted: a whole number {bounds}")
 
 
 def _check_number(name: str, value: object, least: float, most: float, *, above: bool = False) -> None:
@@ -304,3 +490,28 @@ def _check_number(name: str, value: object, least: float, most: float, *, above:
     if not (is_number and least <= value <= most and not (above and value == least)):  # type: ignore[operator]
         bounds = f"a number above {least} and up to {most}" if above else f"a number from {least} to {most}"
         raise UserError(f"{name}: {value!r} cannot be used; accepted: {bounds}")
+
+
+def _check_names(owner: type, kind: str, values: Mapping[str, Any]) -> None:
+    """Refuse keys that are no field of the dataclass `owner`."""
+    known = [f.name for f in dataclasses.fields(owner)]
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"accepted: {', '.join(known)}"
+            raise UserError(f"{kind} {name!r} is not known; {hint}")
+
+
+def _read_schema(name: str, schema: object) -> Mapping[str, Any]:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise UserError(f"{name}: is not JSON ({error}); accepted: a JSON schema") from error
+    if not isinstance(schema, Mapping):
+        raise UserError(f"{name}: {schema!r} cannot be used; accepted: a JSON schema, which is an object")
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: cannot be written as JSON ({error}); accepted: a JSON schema") from error
+    return schema

@@ -292,7 +292,7 @@ class MiniMaxM1Tokenizer:
         Raises:
             UserError: an id is not in the vocabulary, or the tensor has more than one dimension.
         """
-        tokens = [self._token_bytes(token_id, skip_special_tokens) for token_id in _id_list(token_ids)]
+        tokens = [self.token_bytes(token_id, skip_special_tokens) for token_id in _id_list(token_ids)]
         return b"".join(tokens).decode("utf-8", errors="replace")
 
     def batch_decode(
@@ -303,9 +303,14 @@ class MiniMaxM1Tokenizer:
 
     def stream_decoder(self, skip_special_tokens: bool = False) -> IncrementalDecoder:
         """Return a decoder for ids that come one by one."""
-        return IncrementalDecoder(lambda token_id: self._token_bytes(token_id, skip_special_tokens))
+        return IncrementalDecoder(lambda token_id: self.token_bytes(token_id, skip_special_tokens))
 
-    def _token_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
+        """Return the bytes that one token stands for; of a special token its spelling, or nothing if it is skipped.
+
+        Raises:
+            UserError: the id is not in the vocabulary.
+        """
         if token_id in self._added_by_id:
             return b"" if skip_special_tokens else self._added_by_id[token_id].encode()
         known = self._bytes_by_id.get(token_id)
