@@ -3,14 +3,16 @@
 Without a compiler that takes these flags the installation goes on without them (`minimax-m1 info` says so).
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
         Extension(
             "minimax_m1.kernels._compiled",
-            sources=["minimax_m1/kernels/csrc/compiled.cpp"],
-            depends=["minimax_m1/kernels/csrc/rows.h"],
+            sources=sorted(glob("minimax_m1/kernels/csrc/*.cpp")),
+            depends=glob("minimax_m1/kernels/csrc/*.h"),
             # for the machine that installs it; no -ffast-math: it would make the whole process flush denormals
             extra_compile_args=["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno"],
             extra_link_args=["-fopenmp"],

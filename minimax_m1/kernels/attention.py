@@ -13,9 +13,6 @@ from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.attention_torch import attend_torch
 
 
-K_DONE = False  # for an hour: until the compiled kernels of the paged cache are there
-
-
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, window: int | None = None, backend: str | None = None
 ) -> Tensor:
@@ -71,7 +68,7 @@ def softmax_attention_cached(
         [T, H, D] in the dtype of q.
     """
     chosen = choose(backend)
-    if K_DONE and chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
+    if chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
         return _cached_compiled(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, window)
     attend = attend_reference if chosen == "reference" else attend_torch
     out = torch.empty_like(q)
@@ -102,7 +99,7 @@ def _cached_compiled(
     if m == 0:
         return compiled.attention_prefill(q, keys, values, slots, block_tables, cu_seqlens, kv_lens, window)
     cut = int(cu_seqlens[m])
-    first, rest = cu_seqlens[: m + 1], cu_seqlens[m:] - cut
+    first, rest = cu_seqlens[: m + 1], cu_seqlens[m:]  # the kernels count rows from the first of these
     return torch.cat(
         (
             compiled.attention_decode(q[:cut], keys, values, slots[:m], block_tables, first, kv_lens[:m], window),

@@ -1,4 +1,4 @@
-"""The C++ kernels for few rows on a CPU (csrc/compiled.cpp), called through ctypes on the tensors' memory.
+"""The C++ kernels for few rows on a CPU (csrc/), called through ctypes on the tensors' memory.
 
 Shapes: M rows, K in, N out; the rest as in the operation's own module. `library` is None where they were not built.
 """
@@ -6,12 +6,14 @@ Shapes: M rows, K in, N out; the rest as in the operation's own module. `library
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch  # before the library: both then share the OpenMP threads that PyTorch loads
 from torch import Tensor
 
+PAGE_SIZE = 64  # tokens in a page of the cache, fixed in csrc/sequence.cpp
 MAX_ROWS = 32  # of a product; above, PyTorch's is faster (docs/decisions.md)
 
 _ARGUMENTS = {  # p pointer, n int64, f float32
@@ -20,8 +22,10 @@ _ARGUMENTS = {  # p pointer, n int64, f float32
     "experts_f32": "ppppppnnnnn",
     "experts_bf16": "ppppppnnnnn",
     "rms_norm_f32": "pppnnf",
-    "lightning_decode_f32": "pppppppnnnnn",
-    "attention_decode_f32": "pppppppnnnnn",
+    "attention_decode_f32": "ppppppppnnnnnnnnn",
+    "attention_prefill_f32": "ppppppppnnnnnnnnn",
+    "lightning_decode_f32": "ppppppppnnnnn",
+    "lightning_prefill_f32": "ppppppppnnnnn",
 }
 _DTYPES = (torch.float32, torch.bfloat16)  # of weights
 
@@ -84,27 +88,122 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def lightning_decode(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor) -> Tensor:
-    """Return o [N, H, D] and advance `states` in place, as `lightning.lightning_decode`; q, k and v share strides."""
-    assert q.stride() == k.stride() == v.stride() and q.stride(2) == 1 and states.is_contiguous()
-    o = q.new_empty(q.shape)
+def lightning_decode(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Return o [T, H, D] and advance `states` in place, as `lightning.lightning_decode`; q, k and v share strides."""
     assert library is not None
-    pointers = (t.data_ptr() for t in (q, k, v, slope, states, slots, o))
-    library.lightning_decode_f32(*pointers, *q.shape, q.stride(0), q.stride(1))
+    return _lightning(library.lightning_decode_f32, q, k, v, slope, states, slots, cu_seqlens)
+
+
+def lightning_prefill(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """Return o [T, H, D] and advance `states` in place, as `lightning.lightning_prefill`; q, k and v share strides."""
+    assert library is not None
+    return _lightning(library.lightning_prefill_f32, q, k, v, slope, states, slots, cu_seqlens)
+
+
+def _lightning(
+    function: Callable[..., None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    rows, heads, head_dim = q.shape
+    row, head, one = strides = q.stride()
+    assert strides == k.stride() == v.stride() and one == 1 and states.is_contiguous() and slope.is_contiguous()
+    o = q.new_empty(rows, heads, head_dim)
+    function(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        slope.data_ptr(),
+        states.data_ptr(),
+        slots.data_ptr(),
+        None if cu_seqlens is None else cu_seqlens.data_ptr(),
+        o.data_ptr(),
+        slots.shape[0],
+        heads,
+        head_dim,
+        row,
+        head,
+    )
     return o
 
 
 def attention_decode(
-    q: Tensor, keys: Tensor, values: Tensor, slots: list[int], lens: list[int], window: int | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    window: int | None,
 ) -> Tensor:
-    """Return attention [N, H, D] of q [N, H, D], each row to the `lens` tokens in its slot of keys and values."""
-    assert keys.is_contiguous() and values.is_contiguous()
-    q = q.contiguous()
-    out = torch.empty_like(q)
-    end = torch.tensor(lens)
-    first = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-    rows = torch.tensor(slots)
-    pointers = [t.data_ptr() for t in (q, keys, values, rows, first, end, out)]
+    """Return `attention.softmax_attention_cached` [T, H, D] for few rows a sequence; cu_seqlens may begin above 0.
+
+    The keys are cut into parts at fixed places, which keeps all threads busy with one sequence.
+    """
     assert library is not None
-    library.attention_decode_f32(*pointers, *q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
+    function = library.attention_decode_f32
+    return _attention(function, q, keys, values, slots, block_tables, cu_seqlens, kv_lens, window)
+
+
+def attention_prefill(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Return `attention.softmax_attention_cached` [T, H, D] for any number of rows; cu_seqlens may begin above 0."""
+    assert library is not None
+    function = library.attention_prefill_f32
+    return _attention(function, q, keys, values, slots, block_tables, cu_seqlens, kv_lens, window)
+
+
+def _attention(
+    function: Callable[..., None],
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    window: int | None,
+) -> Tensor:
+    rows, heads, head_dim = q.shape
+    groups, pages, page_size, _ = keys.shape
+    row, head, one = q.stride()
+    assert page_size == PAGE_SIZE and one == 1 and keys.is_contiguous() and values.is_contiguous()
+    out = q.new_empty(rows, heads, head_dim)
+    function(
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        block_tables.data_ptr(),
+        cu_seqlens.data_ptr(),
+        kv_lens.data_ptr(),
+        out.data_ptr(),
+        slots.shape[0],
+        heads,
+        groups,
+        head_dim,
+        pages,
+        block_tables.stride(0),
+        row,
+        head,
+        window or 0,
+    )
     return out

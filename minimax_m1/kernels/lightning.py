@@ -19,9 +19,6 @@ from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.lightning_torch import lightning_attention_torch
 
 
-K_DONE = False  # for an hour: until the compiled kernels of the paged cache are there
-
-
 def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
     """Return the decay slopes s [H] float32 of one layer; the decay of head h is exp(-s[h]) a token.
 
@@ -111,7 +108,7 @@ def lightning_decode(
     Returns:
         o [T, H, D] in the dtype of v; several rows of a sequence give to the bit what as many calls would.
     """
-    if K_DONE and choose(backend) == "compiled" and compiled.fits(q, states):
+    if choose(backend) == "compiled" and compiled.fits(q, states):
         return compiled.lightning_decode(q, k, v, slope, states, slots, cu_seqlens)
     if cu_seqlens is None or q.shape[0] == slots.shape[0]:
         return _advance(q, k, v, slope, states, slots)
@@ -153,7 +150,7 @@ def lightning_prefill(
         o [T, H, D] in the dtype of v.
     """
     chosen = choose(backend)
-    if K_DONE and chosen == "compiled" and compiled.fits(q, states):
+    if chosen == "compiled" and compiled.fits(q, states):
         return compiled.lightning_prefill(q, k, v, slope, states, slots, cu_seqlens)
     run = lightning_attention_reference if chosen == "reference" else lightning_attention_torch
     o, states[slots] = run(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=states[slots])

@@ -103,7 +103,7 @@ def test_decode_is_one_step_of_the_recurrence(backend, slots):
     )
     pool = states.clone()
     with torch.no_grad():
-        actual = lightning_decode(q[:n], k[:n], v[:n], slope, pool, torch.tensor(slots), backend)
+        actual = lightning_decode(q[:n], k[:n], v[:n], slope, pool, torch.tensor(slots), backend=backend)
     assert relative_error(actual, expected) < KERNEL[torch.float32]
     assert relative_error(pool[slots], final) < KERNEL[torch.float32]
     untouched = [i for i in range(4) if i not in slots]
