@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "minimax_m1"
 LEVELS = (
     {"errors", "settings", "progress", "shipped"},
     {"config", "accounting", "tokenizer", "kernels"},
-    {"batch", "cache", "sampling", "model", "generation", "weights", "tasks"},
-    {"training"},
+    {"batch", "cache", "sampling", "thinking", "continuation", "grammar", "model", "generation", "weights", "tasks"},
+    {"training", "engine"},
     {"evaluation", "benchmark"},
     {"cli", "__main__"},
 )
