@@ -290,10 +290,12 @@ class HybridCache:
     def swap_in(self, slot: int, state: SequenceState) -> bool:
         """Put a state back into the empty `slot`, to the bit; False, and nothing has happened, if pages lack.
 
+        Pages that were reserved for it are used.
+
         Raises:
             UserError: the state comes from another model.
         """
-        assert not self.pages[slot]
+        assert self.lens[slot] == 0
         expected = (self._states[:, 0].shape, (*self._keys.shape[:2], state.length, self._keys.shape[-1]))
         if (state.states.shape, tuple(state.keys.shape)) != expected or state.values.shape != state.keys.shape:
             raise UserError(f"state: {list(state.states.shape)}, {list(state.keys.shape)} is of another model")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +45,34 @@ class ModelSettings:
     dtype: Dtype = option("auto", "of the weights in memory; auto: as in the checkpoint")
     device: str = option("cpu", "where the model runs, as torch names it: cpu, cuda, cuda:1")
     backend: Backend | None = option(None, "kernels to run with; reference is the plain formula [default: fastest]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How many requests run together, and in how much memory."""
+
+    max_batch_size: int = option(32, "sequences that run together")
+    max_num_tokens: int = option(2048, "tokens of one step: the decoding sequences' and chunks of prompts")
+    max_model_len: int | None = option(None, "most tokens of prompt and answer [default: what model and cache allow]")
+    cache_bytes: int | None = option(None, "memory for keys, values and states [default: 40% of what is free]")
+    prefix_cache: bool = option(True, "run what prompts have in common once")
+    checkpoint_bytes: int | None = option(
+        None, "memory for cached prefixes' states [default: a quarter of cache_bytes]"
+    )
+    checkpoint_every: int | None = option(
+        None, "a checkpoint every so many prompt tokens, besides those at turns' ends"
+    )
+    speculative_tokens: int = option(0, "tokens drafted from the text itself at each step; 0: off")
+    routing_log: bool = option(False, "count which experts each layer uses, for every request and in all")
+
+    def __post_init__(self) -> None:
+        least = {"max_batch_size": 1, "max_model_len": 2, "cache_bytes": 1, "checkpoint_bytes": 0}
+        least |= {"checkpoint_every": 64, "speculative_tokens": 0, "max_num_tokens": self.max_batch_size + 64}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                why = " (max_batch_size + 64)" if name == "max_num_tokens" else ""
+                raise UserError(f"{name}: {value} cannot be used; accepted: a whole number of at least {bound}{why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +112,13 @@ class InfoSettings:
     """Options of `minimax-m1 info`."""
 
     model: str | None = option(None, "folder with a config.json, or a preset such as minimax-m1 [default: shipped]")
+    cache_bytes: str | None = option(None, "show what fits into a cache of this size, such as 8GiB")
+    max_batch_size: int = option(32, "sequences that are to run together in that cache")
     json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise UserError(f"max_batch_size: {self.max_batch_size} cannot be used; accepted: a whole number from 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +144,24 @@ class EvalSettings(ModelSettings):
     def __post_init__(self) -> None:
         if self.problems < 1:
             raise UserError(f"problems: {self.problems} cannot be used; accepted: a whole number of at least 1")
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Return a number of bytes, given as such or with a unit: 8GiB, 512 MB, 1.5GiB.
+
+    Args:
+        name: of the setting, for the message.
+
+    Raises:
+        UserError: anything else, or not at least one byte.
+    """
+    match = re.fullmatch(r"(\d+|\d*\.\d+) ?([KMGT]i?B|B)?", str(value).strip())
+    unit = match[2] if match else None
+    scale = 1 if unit in (None, "B") else (1024 if "i" in unit else 1000) ** ("KMGT".index(unit[0]) + 1)
+    size = round(Decimal(match[1]) * scale) if match and (unit or match[1].isdigit()) else 0
+    if size < 1 or isinstance(value, bool):
+        raise UserError(f"{name}: {value!r} cannot be used; accepted: bytes, or a number of KB, MB, GB, KiB, MiB, GiB")
+    return size
 
 
 # -- TOML ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,505 @@
+"""The engine: many requests at once through one network.
+
+`step` is the whole of it: schedule, run, sample, commit. Requests join and leave between steps. What a request gets is
+what `generation.stream_generate` would give it alone with the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimax_m1.batch import ForwardBatch
+from minimax_m1.cache import PAGE_SIZE, HybridCache
+from minimax_m1.continuation import Continuation, choose_tokens
+from minimax_m1.engine.outputs import Delta, GenerationResult, as_chat, make_result
+from minimax_m1.engine.planning import plan_cache
+from minimax_m1.engine.prefix_cache import PrefixCache
+from minimax_m1.engine.routing_log import RoutingLog, record_routing
+from minimax_m1.engine.scheduler import Scheduler, Step
+from minimax_m1.engine.sequence import Sequence
+from minimax_m1.engine.speculation import roll_back
+from minimax_m1.errors import UserError
+from minimax_m1.generation import resolve_eos
+from minimax_m1.model import MiniMaxM1ForCausalLM, Routing
+from minimax_m1.sampling import SamplingParams, forbidden_ids, fresh_seed, prompt_logprobs
+from minimax_m1.settings import EngineSettings
+from minimax_m1.tokenizer import MiniMaxM1Tokenizer
+
+LOGPROB_ROWS = 256  # rows of logits [rows, vocab] that are held at once for the log-probabilities of a prompt
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls it (`AsyncEngine` is the door for others)."""
+
+    def __init__(
+        self,
+        model: MiniMaxM1ForCausalLM,
+        tokenizer: MiniMaxM1Tokenizer | None = None,
+        settings: EngineSettings | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Plan the memory and make the pools.
+
+        Args:
+            model: its weights are used as they are; call `forget_prefixes` after changing them.
+            tokenizer: needed for prompts that are texts, for stop strings, thinking budgets and grammars.
+            settings: None: the defaults.
+            backend: kernels to run with, one of `kernels.BACKENDS`; None: the fastest.
+
+        Raises:
+            UserError: settings that cannot be used, such as a cache too small for one sequence.
+        """
+        settings = settings or EngineSettings()
+        self.model, self.tokenizer, self.settings, self.backend = model.eval(), tokenizer, settings, backend
+        plan = plan_cache(model, settings)
+        self.max_model_len = plan.max_model_len
+        self.cache = HybridCache(
+            model.config, settings.max_batch_size, plan.max_model_len, model.compute_dtype, model.device, plan.num_pages
+        )
+        self.prefix_cache: PrefixCache | None = None
+        if settings.prefix_cache:
+            self.prefix_cache = PrefixCache(self.cache.pool, "", plan.checkpoint_bytes)
+        self._eos = resolve_eos(model, None, tokenizer)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.prefix_cache,
+            settings.max_num_tokens,
+            settings.speculative_tokens,
+            self._eos,
+            settings.checkpoint_every,
+        )
+        valid = None if tokenizer is None else len(tokenizer)
+        self._forbidden = forbidden_ids(model.model.embed_tokens.weight, valid)
+        self._requests: dict[str, list[Sequence]] = {}  # what has not finished
+        self._numbers = itertools.count()
+        self._deltas: list[Delta] = []
+        self._grammars: GrammarCompiler | None = None  # made when the first grammar comes
+        self._mask_worker = ThreadPoolExecutor(1, "grammar")
+        self.routing: RoutingLog | None = RoutingLog.of(model.config) if settings.routing_log else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        quantization: str | None = None,
+        backend: str | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """Load a checkpoint folder with its tokenizer; `settings` are the fields of `EngineSettings`.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or a setting is unknown or cannot be used.
+        """
+        known = [f.name for f in fields(EngineSettings)]
+        for name in settings.keys() - set(known):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(known)}"
+            raise UserError(f"{name}: is not a setting of the engine; {hint}")
+        tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
+        assert quantization is None
+        model = MiniMaxM1ForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+        return cls(model, tokenizer, EngineSettings(**settings), backend)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: str | Many[int],
+        params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        request_id: str | None = None,
+        routing_log: bool | None = None,
+    ) -> str:
+        """Queue a request; return its id. Its `params.n` samples share the run of the prompt.
+
+        Args:
+            prompt: text, or token ids.
+            params: a mapping is parsed, and an unknown field is an error.
+            request_id: None makes one.
+            routing_log: record which experts it goes to; None: as `settings.routing_log`.
+
+        Raises:
+            UserError: the prompt is empty, too long or has ids outside the vocabulary; parameters that cannot be used.
+        """
+        if params is None or isinstance(params, Mapping):
+            params = SamplingParams.parse(params or {})
+        name = f"request-{next(self._numbers)}" if request_id is None else request_id
+        if name in self._requests:
+            raise UserError(f"request_id: {name!r} is in use; choose another")
+        prompt_ids = self._prompt_ids(prompt)
+        seed = fresh_seed() if params.seed is None else params.seed
+        samples = [self._make_sequence(name, i, prompt_ids, params, seed + i) for i in range(params.n)]
+        samples[0].siblings = samples[1:]
+        if self.settings.routing_log if routing_log is None else routing_log:
+            for sequence in samples:
+                sequence.routing = RoutingLog.of(self.model.config)
+        self._requests[name] = samples
+        self.scheduler.waiting.append(samples[0])
+        return name
+
+    def _prompt_ids(self, prompt: str | Many[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self._needs_tokenizer("prompt").encode(prompt)
+        else:
+            ids = list(prompt)
+        vocab_size = self.model.config.vocab_size
+        if not ids:
+            raise UserError("prompt: is empty; accepted: at least one token")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+            raise UserError(f"prompt: id {wrong} is out of range; accepted: 0 to {vocab_size - 1}")
+        if len(ids) >= self.max_model_len:
+            raise UserError(
+                f"prompt: {len(ids)} tokens are too many; accepted: up to {self.max_model_len - 1}, which leaves one of "
+                f"max_model_len ({self.max_model_len}) to generate"
+            )
+        return ids
+
+    def _needs_tokenizer(self, field: str) -> MiniMaxM1Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"{field}: cannot be used, for this engine was made without a tokenizer")
+        return self.tokenizer
+
+    def _make_sequence(self, name: str, index: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
+        room = self.max_model_len - len(ids)
+        if params.max_new_tokens > room:
+            params = dataclasses.replace(params, max_new_tokens=room, min_tokens=min(room, params.min_tokens))
+        continuation = Continuation(
+            params,
+            seed,
+            ids,
+            vocab_size=self.model.config.vocab_size,
+            eos_ids=self._eos,
+            tokenizer=self.tokenizer,
+            matcher=self._matcher(params),
+        )
+        lookup = None
+        if self.settings.speculative_tokens:
+            from minimax_m1.engine.prompt_lookup import PromptLookup
+            lookup = PromptLookup(ids)
+        return Sequence(name, index, ids, params, continuation, lookup=lookup)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        """Return what holds one output to its grammar; None if it has none."""
+        if params.structured is None and not params.forced_tools:
+            return None
+        if self._grammars is None:
+            from minimax_m1.grammar import GrammarCompiler
+            tokenizer = self._needs_tokenizer("structured")
+            self._grammars = GrammarCompiler(tokenizer, self.model.config.vocab_size)
+        return self._grammars.matcher(params, self._eos)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its unfinished samples get results with finish_reason "abort" in the next step's deltas.
+
+        Raises:
+            UserError: there is no such request, or it has finished.
+        """
+        for sequence in list(self._find(request_id)):
+            sequence.continuation.finish("abort")
+            self._finish(sequence)
+
+    def pause(self, request_id: str, folder: Path | None = None) -> None:
+        """Take a request out of the running, its whole state to host memory, or to a file each in `folder`.
+
+        It costs no slot and no page until `resume`, and then goes on to the bit.
+
+        Raises:
+            UserError: there is no such request, or a file cannot be written.
+        """
+        for sequence in self._find(request_id):
+            if sequence.slot is not None:
+                state = self.scheduler.swap_out(sequence)
+                sequence.saved = state
+                if folder is not None:
+                    path = folder / f"{request_id}-{sequence.index}.safetensors"
+                    state.save(path)
+                    sequence.saved = path
+            elif sequence in self.scheduler.waiting:
+                self.scheduler.waiting.remove(sequence)
+            sequence.paused = True
+
+    def resume(self, request_id: str) -> None:
+        """Queue a paused request again.
+
+        Raises:
+            UserError: there is no such request.
+        """
+        waits_for_sibling = {id(s) for s in self._find(request_id)[0].siblings}
+        for sequence in self._find(request_id):
+            if sequence.paused:
+                sequence.paused = False
+                if id(sequence) not in waits_for_sibling:
+                    self.scheduler.waiting.append(sequence)
+
+    def _find(self, request_id: str) -> list[Sequence]:
+        if request_id not in self._requests:
+            raise UserError(f"request_id: {request_id!r} is not an unfinished request")
+        return self._requests[request_id]
+
+    def num_unfinished(self, request_id: str) -> int:
+        """Return how many samples of a request have not ended; 0 for one that is not known."""
+        return len(self._requests.get(request_id, ()))
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._deltas or self.scheduler.waiting or self.scheduler.running)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, as the weights were changed."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Advance what the scheduler chose by one forward pass; return what every output gained."""
+        step = self.scheduler.schedule()
+        if step.chunks:
+            self._start_masks(step)
+            batch, hidden, routings = self._run(step)
+            kept = self._sample(step, batch, hidden)
+            self._commit(step, batch, hidden, routings, kept)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _start_masks(self, step: Step) -> None:
+        """Let the grammars of what will be sampled be worked out while the network runs."""
+        for chunk in step.chunks:
+            if chunk.completes and chunk.sequence.params.structured is not None:
+                chunk.sequence.continuation.prepare(self._mask_worker)
+
+    def _run(self, step: Step) -> tuple[ForwardBatch, Tensor, list[Routing]]:
+        """Run every chunk; return the layout, the hidden states [T, hidden] and each layer's routing."""
+        chunks = step.chunks
+        token_ids = [token for chunk in chunks for token in chunk.token_ids]
+        seqlens = [len(chunk.token_ids) for chunk in chunks]
+        slots = [_slot(chunk.sequence) for chunk in chunks]
+        threshold = torch.tensor([chunk.sequence.params.expert_threshold for chunk in chunks])
+        batch = self.cache.batch(
+            slots,
+            seqlens,
+            self.backend,
+            num_decodes=len(step.decodes),
+            keep_drafts=any(chunk.num_drafts for chunk in step.decodes),
+            expert_threshold=_per_token(threshold, seqlens, self.model.device) if bool((threshold < 1).any()) else None,
+        )
+        drafting = [_slot(chunk.sequence) for chunk in step.decodes if chunk.num_drafts]
+        self._states_before = {slot: self.cache.read_states(slot) for slot in drafting}
+        ids = torch.tensor(token_ids, device=self.model.device)
+        hidden, routings = self.model.forward_packed(ids, batch, self.cache)
+        return batch, hidden, routings
+
+    def _sample(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> list[int]:
+        """Choose the next token of every sequence whose tokens have all run; return how many tokens of each chunk stay.
+
+        A sequence with drafts goes on as long as the token that it drew is the one that was drafted.
+        """
+        kept = [len(chunk.token_ids) - chunk.num_drafts for chunk in step.chunks]
+        bounds = batch.cu_seqlens.tolist()
+        drawing: list[tuple[Sequence, int]] = []  # a sequence, and the first row of `logits` that is its own
+        rows: list[int] = []  # of hidden
+        index_of: dict[Sequence, int] = {}
+        for i, chunk in enumerate(step.chunks):
+            if chunk.completes:
+                drawing.append((chunk.sequence, len(rows)))
+                drawing += [(sibling, len(rows)) for sibling in self._fork_siblings(chunk.sequence)]
+                rows += range(bounds[i] + kept[i] - 1, bounds[i + 1])
+                index_of[chunk.sequence] = i
+        if not drawing:
+            return kept
+        logits = self.model.compute_logits(hidden[rows], self.backend, num_decodes=len(rows))
+        place = 0
+        while drawing:
+            at = [row + place for _, row in drawing]
+            continuations = [sequence.continuation for sequence, _ in drawing]
+            choices = choose_tokens(logits[at], continuations, self._forbidden)
+            going_on = []
+            for (sequence, row), choice in zip(drawing, choices, strict=True):
+                sequence.continuation.append(*choice)
+                token = choice.token
+                if sequence.lookup is not None:
+                    sequence.lookup.append(token)
+                i = index_of.get(sequence)
+                drafts = [] if i is None else step.chunks[i].drafts
+                if i is not None and sequence.continuation.finish_reason is None and drafts[place : place + 1] == [token]:
+                    kept[i] += 1
+                    going_on.append((sequence, row))
+            drawing, place = going_on, place + 1
+        return kept
+
+    def _fork_siblings(self, sequence: Sequence) -> list[Sequence]:
+        """Start the other samples of a request behind the prompt that the first has run; those without room wait."""
+        forked = []
+        for sibling in sequence.siblings:
+            sibling.cached_tokens = sequence.cached_tokens
+            if sibling.continuation.finish_reason is not None:
+                continue
+            if self.scheduler.fork(sequence, sibling):
+                forked.append(sibling)
+            elif not sibling.paused:
+                self.scheduler.waiting.appendleft(sibling)
+        sequence.siblings = []
+        return forked
+
+    def _commit(self, step: Step, batch: ForwardBatch, hidden: Tensor, routings: list[Routing], kept: list[int]) -> None:
+        """Take note of what has run: state, checkpoints, logs; and report what every output gained."""
+        wrong = {i: n for i, n in enumerate(kept) if n < len(step.chunks[i].token_ids)}
+        if wrong:
+            roll_back(self.model, self.cache, batch, wrong, self._states_before)
+        bounds = batch.cu_seqlens.tolist()
+        for i, chunk in enumerate(step.chunks):
+            sequence = chunk.sequence
+            rows = slice(bounds[i], bounds[i] + kept[i])
+            if sequence.params.prompt_logprobs is not None:
+                self._add_prompt_logprobs(sequence, hidden[rows])
+            sequence.computed += kept[i]
+            if sequence.checkpoints and sequence.computed == sequence.checkpoints[0]:
+                self._take_checkpoint(sequence)
+        logged = [(c.sequence.routing, bounds[i], bounds[i] + kept[i]) for i, c in enumerate(step.chunks)]
+        record_routing(routings, logged, self.routing)
+        for sequence in list(self.scheduler.running):
+            self._report(sequence)
+
+    def _take_checkpoint(self, sequence: Sequence) -> None:
+        assert self.prefix_cache is not None
+        position, slot = sequence.checkpoints.pop(0), _slot(sequence)
+        pages = self.cache.pages[slot][: position // PAGE_SIZE]
+        states = self.cache.read_states(slot)
+        self.prefix_cache.insert(sequence.prompt_ids, position, pages, states, sequence.salt)
+
+    def _add_prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Append the log-probabilities of the prompt tokens that follow those of `hidden`, if they are not there yet."""
+        found = sequence.prompt_logprobs
+        start = sequence.computed
+        for i in range(0, hidden.shape[0], LOGPROB_ROWS):
+            following = sequence.prompt_ids[start + i + 1 : start + min(i + LOGPROB_ROWS, hidden.shape[0]) + 1]
+            if following and start + i + 1 == len(found) + (not found):
+                logits = self.model.compute_logits(hidden[i : i + len(following)], self.backend, num_decodes=0)
+                found += ([] if found else [None]) + prompt_logprobs(logits, following, sequence.params.prompt_logprobs, self._forbidden)
+
+    def _report(self, sequence: Sequence) -> None:
+        """Put what a sequence gained into a delta; end it if it has ended."""
+        continuation = sequence.continuation
+        if continuation.finish_reason is not None:
+            self._finish(sequence)
+        elif sequence.reported < len(continuation.output_ids):
+            self._deltas.append(self._delta(sequence, None))
+
+    def _finish(self, sequence: Sequence) -> None:
+        """Free what a sequence holds and give out its result."""
+        if sequence.slot is not None:
+            self.scheduler.release(sequence)
+        elif sequence in self.scheduler.waiting:
+            self.scheduler.waiting.remove(sequence)
+        if isinstance(sequence.saved, Path):
+            sequence.saved.unlink(missing_ok=True)
+        samples = self._requests[sequence.request_id]
+        samples.remove(sequence)
+        if not samples:
+            del self._requests[sequence.request_id]
+        self._deltas.append(self._delta(sequence, make_result(sequence)))
+
+    def _delta(self, sequence: Sequence, result: GenerationResult | None) -> Delta:
+        """What a sequence gained since its last delta."""
+        continuation, start = sequence.continuation, sequence.reported
+        sequence.reported = len(continuation.output_ids)
+        logprobs = continuation.logprobs[start:] if sequence.params.logprobs is not None else []
+        return Delta(
+            sequence.request_id,
+            sequence.index,
+            continuation.output_ids[start:],
+            continuation.take_text(),
+            logprobs,
+            result,
+        )
+
+    # -- all at once --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Many[str | Many[int]],
+        params: SamplingParams | Mapping[str, Any] | Many[SamplingParams | Mapping[str, Any]] | None = None,
+        *,
+        routing_log: bool | None = None,
+    ) -> list[GenerationResult]:
+        """Continue prompts together; return the results in their order, n for each prompt.
+
+        Args:
+            prompts: texts or token ids.
+            params: for all, or one for each.
+
+        Raises:
+            UserError: what `add` raises for any of them; then none is run.
+        """
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams | Mapping) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"params: {len(each)} for {len(prompts)} prompts; accepted: one for all, or one for each")
+        names: list[str] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                names.append(self.add(prompt, own, routing_log=routing_log))
+        except UserError:
+            for name in names:
+                self.abort(name)
+            self._deltas = [delta for delta in self._deltas if delta.request_id not in names]
+            raise
+        wanted = set(names)
+        results: dict[tuple[str, int], GenerationResult] = {}
+        others: list[Delta] = []
+        while any(name in self._requests for name in wanted):
+            for delta in self.step():
+                if delta.request_id not in wanted:
+                    others.append(delta)
+                elif delta.result is not None:
+                    results[delta.request_id, delta.index] = delta.result
+        self._deltas += others  # of requests that were running already: the next step gives them out
+        order = {name: i for i, name in enumerate(names)}
+        return [results[key] for key in sorted(results, key=lambda key: (order[key[0]], key[1]))]
+
+    def chat(
+        self,
+        conversations: Many[Many[Mapping[str, Any]]],
+        params: SamplingParams | Mapping[str, Any] | Many[SamplingParams | Mapping[str, Any]] | None = None,
+        *,
+        tools: Many[Mapping[str, Any]] | None = None,
+        routing_log: bool | None = None,
+    ) -> list[GenerationResult]:
+        """Answer conversations together: messages through M1's chat template, answers taken apart.
+
+        Args:
+            conversations: lists of messages with role and content.
+            params: as in `generate`.
+            tools: that the model may call, in OpenAI's form.
+
+        Raises:
+            UserError: messages that the template cannot take, and what `add` raises.
+        """
+        tokenizer = self._needs_tokenizer("conversations")
+        prompts = [tokenizer.apply_chat_template(messages, tools=tools) for messages in conversations]
+        return [as_chat(result) for result in self.generate(prompts, params, routing_log=routing_log)]
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _per_token(values: Tensor, seqlens: list[int], device: torch.device) -> Tensor:
+    """Repeat each sequence's value for its tokens."""
+    return values.repeat_interleave(torch.tensor(seqlens)).to(device)

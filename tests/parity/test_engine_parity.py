@@ -1,0 +1,158 @@
+"""Whatever else runs beside it, a request gets from the engine what `generate_batch` gives it alone."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minimax_m1.config import MiniMaxM1Config
+from minimax_m1.engine.engine import Engine
+from minimax_m1.generation import generate_batch
+from minimax_m1.model import MiniMaxM1ForCausalLM
+from minimax_m1.sampling import SamplingParams
+from minimax_m1.settings import EngineSettings
+
+VOCAB = 211
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniMaxM1ForCausalLM:
+    config = MiniMaxM1Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_type_list=(0, 1, 0, 0),
+        num_local_experts=4,
+        initializer_range=0.2,
+        max_position_embeddings=8192,
+        eos_token_id=7,
+    )
+    model = MiniMaxM1ForCausalLM(config)
+    model.init_weights(seed=0)
+    return model.eval()
+
+
+def make_engine(model, **options) -> Engine:
+    return Engine(model, None, EngineSettings(**{"cache_bytes": 40 << 20, "max_batch_size": 8, **options}))
+
+
+def assert_nothing_leaks(engine: Engine) -> None:
+    assert not engine.has_work() and not engine.scheduler.running
+    engine.forget_prefixes()
+    assert engine.cache.pool.num_free == engine.cache.pool.num_pages
+    assert sorted(engine.scheduler._free_slots) == list(range(engine.cache.max_seqs))
+
+
+def bytes_for(model, batch_size: int, num_pages: int) -> int:
+    """Return the memory in which exactly so many pages fit beside the slots."""
+    config = model.config
+    slot = len(config.lightning_layers) * config.num_attention_heads * config.head_dim**2 * 4
+    page = len(config.softmax_layers) * 2 * config.num_key_value_heads * config.head_dim * 64 * 4
+    return batch_size * slot + num_pages * page
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=rng.choice([1, 2, 8, 24, 60]),
+        temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
+        top_p=rng.choice([1.0, 0.9]),
+        top_k=rng.choice([0, 5, 40]),
+        min_p=rng.choice([0.0, 0.05]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        frequency_penalty=rng.choice([0.0, 0.5]),
+        presence_penalty=rng.choice([0.0, 0.5]),
+        min_tokens=rng.choice([0, 1]),
+        stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 3]))),
+        ignore_eos=rng.random() < 0.3,
+        logit_bias={rng.randrange(VOCAB): rng.choice([-100, 5])} if rng.random() < 0.2 else {},
+        seed=rng.randrange(1 << 40),
+    )
+
+
+def random_requests(rng: random.Random, count: int, longest: int) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of 1 to `longest` tokens, some of which begin alike."""
+    shared = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(3)]
+    requests = []
+    for _ in range(count):
+        length = min(longest, int(longest ** rng.random()) + rng.randrange(3))
+        own = [rng.randrange(VOCAB) for _ in range(max(1, length))]
+        if rng.random() < 0.4:
+            prefix = rng.choice(shared)
+            own = (prefix[: rng.randint(1, len(prefix))] + own)[:longest]
+        requests.append((own, random_params(rng)))
+    return requests
+
+
+def run_schedule(engine: Engine, requests, rng: random.Random, abort_share: float) -> dict[int, object]:
+    """Add the requests at random steps, abort some at random steps; return index -> result."""
+    waiting, names, results = list(range(len(requests))), {}, {}
+    for _ in range(100_000):
+        while waiting and rng.random() < 0.5:
+            i = waiting.pop(0)
+            names[engine.add(*requests[i])] = i
+        running = [name for name, i in names.items() if i not in results]
+        if running and rng.random() < abort_share:
+            engine.abort(rng.choice(running))
+        for delta in engine.step():
+            if delta.result is not None:
+                results[names[delta.request_id]] = delta.result
+        if not waiting and not engine.has_work():
+            return results
+    raise AssertionError("some request does not end")
+
+
+def assert_as_alone(model, requests, results) -> None:
+    assert results.keys() == set(range(len(requests)))
+    for i, (prompt, params) in enumerate(requests):
+        alone = generate_batch(model, [prompt], params)[0]
+        got = results[i].token_ids
+        if results[i].finish_reason == "abort":
+            assert got == alone[: len(got)]
+        else:
+            assert got == alone, f"request {i}: {params}"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_64_random_requests_get_what_they_get_alone(model, seed):
+    rng = random.Random(seed)
+    requests = random_requests(rng, 64, 3000)
+    engine = make_engine(model, max_num_tokens=512, speculative_tokens=0)
+    results = run_schedule(engine, requests, rng, abort_share=0.02)
+    assert_as_alone(model, requests, results)
+    assert engine.prefix_cache.stats.hits > 0
+    assert_nothing_leaks(engine)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 1 << 30),
+    st.integers(1, 5),
+    st.integers(12, 40),
+    st.booleans(),
+    st.sampled_from([0]),
+    st.sampled_from([None, 64]),
+)
+def test_every_schedule_ends_and_leaks_nothing(model, seed, batch_size, num_pages, prefix_cache, drafts, every):
+    """Few pages: sequences are preempted, cached prefixes evicted; everyone still gets its own."""
+    rng = random.Random(seed)
+    requests = random_requests(rng, 12, 300)
+    engine = make_engine(
+        model,
+        max_batch_size=batch_size,
+        max_num_tokens=batch_size + rng.choice([64, 200]),
+        max_model_len=400,
+        cache_bytes=bytes_for(model, batch_size, num_pages),
+        checkpoint_bytes=rng.choice([0, 100_000, 1 << 20]),
+        prefix_cache=prefix_cache,
+        speculative_tokens=drafts,
+        checkpoint_every=every,
+    )
+    assert engine.cache.pool.num_pages == min(num_pages, 7 * batch_size)  # 400 tokens each need 7
+    results = run_schedule(engine, requests, rng, abort_share=0.05)
+    assert_as_alone(model, requests, results)
+    assert_nothing_leaks(engine)
