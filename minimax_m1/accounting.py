@@ -10,6 +10,8 @@ Sources: MiniMax-M1 report (arXiv 2506.13585), MiniMax-01 report (arXiv 2501.083
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 
@@ -90,6 +92,89 @@ def lightning_state_bytes(config: MiniMaxM1Config) -> int:
     """Return the bytes of one sequence's lightning states (float32), the same at every context length."""
     assert config.head_dim is not None
     return len(config.lightning_layers) * config.num_attention_heads * config.head_dim**2 * 4
+
+
+# -- the cache of an engine ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a byte budget is divided: slots of lightning states, pages of keys and values, states of cached prefixes.
+
+    The tables that say whose page is which (4 bytes a page) are not counted.
+    """
+
+    cache_bytes: int  # the budget
+    slot_bytes: int  # one sequence's lightning states, float32 at least
+    num_slots: int  # sequences that run together
+    page_bytes: int  # keys and values of page_size tokens, over all softmax layers
+    num_pages: int
+    checkpoint_bytes: int  # for states of cached prefixes, which have slot_bytes each
+    max_model_len: int  # the longest sequence that fits, alone
+
+    @property
+    def used_bytes(self) -> int:
+        """What the plan takes when it is full, at most `cache_bytes`."""
+        return self.num_slots * self.slot_bytes + self.num_pages * self.page_bytes + self.checkpoint_bytes
+
+
+def plan_memory(
+    config: MiniMaxM1Config,
+    cache_bytes: int,
+    *,
+    page_size: int,
+    max_batch_size: int,
+    max_model_len: int | None = None,
+    checkpoint_bytes: int | None = None,
+    dtype: str = "float32",
+) -> MemoryPlan:
+    """Divide `cache_bytes` between slots, pages and checkpoints.
+
+    Slots get at most half of what checkpoints leave (but one there is), and no more than leaves a page for each and
+    pages for a sequence of `max_model_len`. Pages get the rest, up to twice what so many sequences can use: as much
+    again for cached prefixes.
+
+    Args:
+        page_size: tokens of a page.
+        max_batch_size: most slots.
+        max_model_len: tokens that one sequence must be able to have; None: no more than the config's, or what fits.
+        checkpoint_bytes: None: a quarter of the budget, or what a single sequence leaves; 0 if that holds no state.
+        dtype: of keys and values, one of `DTYPE_BITS`.
+
+    Raises:
+        UserError: not even one sequence fits; the message names the least budget.
+    """
+    page_bytes = page_size * kv_bytes_per_token(config, dtype)
+    slot_bytes = lightning_state_bytes(config) * max(_bits(dtype), 32) // 32
+    least_pages = 1 if max_model_len is None else -(-max_model_len // page_size)
+    least = slot_bytes + least_pages * page_bytes
+    if checkpoint_bytes is None:
+        checkpoint_bytes = min(cache_bytes // 4, cache_bytes - least)
+        checkpoint_bytes = checkpoint_bytes if checkpoint_bytes >= slot_bytes else 0
+    left = cache_bytes - checkpoint_bytes
+    if left < least:
+        holds = f"a sequence of {least_pages * page_size:,} tokens"
+        beside = f" beside checkpoint_bytes {checkpoint_bytes:,}" if checkpoint_bytes else ""
+        accepted = f"at least {least + checkpoint_bytes:,}, which hold {holds}{beside}"
+        raise UserError(f"cache_bytes: {cache_bytes:,} cannot be used; accepted: {accepted}")
+    num_slots = max_batch_size
+    if slot_bytes:
+        num_slots = min(num_slots, max(1, left // 2 // slot_bytes), (left - least_pages * page_bytes) // slot_bytes)
+    if page_bytes:
+        num_slots = min(num_slots, left // (slot_bytes + page_bytes))
+    longest = config.max_position_embeddings if max_model_len is None else max_model_len
+    num_pages = 2 * num_slots * -(-longest // page_size)
+    if page_bytes:
+        num_pages = min(num_pages, (left - num_slots * slot_bytes) // page_bytes)
+    return MemoryPlan(
+        cache_bytes=cache_bytes,
+        slot_bytes=slot_bytes,
+        num_slots=num_slots,
+        page_bytes=page_bytes,
+        num_pages=num_pages,
+        checkpoint_bytes=checkpoint_bytes,
+        max_model_len=min(longest, num_pages * page_size),
+    )
 
 
 # -- floating-point operations ------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     Raises:
         UserError: anything else, or not at least one byte.
     """
-    match = re.fullmatch(r"(\d+|\d*\.\d+) ?([KMGT]i?B|B)?", str(value).strip())
+    match = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+) ?([KMGT]i?B|B)?", str(value).strip())
     unit = match[2] if match else None
     scale = 1 if unit in (None, "B") else (1024 if "i" in unit else 1000) ** ("KMGT".index(unit[0]) + 1)
     size = round(Decimal(match[1]) * scale) if match and (unit or match[1].isdigit()) else 0

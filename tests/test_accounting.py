@@ -1,6 +1,10 @@
 """Closed forms against published figures, against direct sums, and against what torch counts."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minimax_m1.accounting import (
     active_parameters,
@@ -11,6 +15,7 @@ from minimax_m1.accounting import (
     lightning_state_bytes,
     parameter_counts,
     parameters,
+    plan_memory,
     prefill_flops,
     training_flops,
     weight_bytes,
@@ -77,6 +82,67 @@ def test_sums_over_tokens(window: int | None) -> None:
 
 def test_sliding_window_bounds_the_cache() -> None:
     assert kv_bytes(TINY.replace(sliding_window=16), 1000) == 16 * kv_bytes_per_token(TINY)
+
+
+def test_plan_of_minimax_m1() -> None:
+    """A slot is 280 MiB and a page of float32 keys and values 5 MiB."""
+    plan = plan_memory(M1, 8 * 2**30, page_size=64, max_batch_size=32)
+    assert (plan.slot_bytes, plan.page_bytes) == (280 * 2**20, 5 * 2**20)
+    assert plan.checkpoint_bytes == 2 * 2**30
+    assert plan.num_slots == 10  # half of what is left
+    assert plan.num_pages == (6 * 1024 - 10 * 280) // 5 and plan.max_model_len == 64 * plan.num_pages
+
+
+KINDS = {
+    "hybrid": TINY,
+    "softmax only": TINY.replace(attn_type_list=(1, 1, 1, 1)),
+    "lightning only": TINY.replace(attn_type_list=(0, 0, 0, 0)),
+}
+
+
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    cache_bytes=st.integers(1, 10**7),
+    max_batch_size=st.integers(1, 40),
+    max_model_len=st.none() | st.integers(1, 3000),
+    checkpoint_bytes=st.none() | st.integers(0, 10**6),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16"]),
+)
+def test_plans_keep_the_budget_and_use_it(
+    kind: str,
+    cache_bytes: int,
+    max_batch_size: int,
+    max_model_len: int | None,
+    checkpoint_bytes: int | None,
+    dtype: str,
+) -> None:
+    config = KINDS[kind].replace(max_position_embeddings=5000)
+    options = dict(page_size=64, max_batch_size=max_batch_size, max_model_len=max_model_len)
+    options |= dict(checkpoint_bytes=checkpoint_bytes, dtype=dtype)
+    try:
+        plan = plan_memory(config, cache_bytes, **options)
+    except UserError as error:
+        least = int(re.search("at least ([0-9,]+)", str(error))[1].replace(",", ""))
+        assert least > cache_bytes
+        fitting = plan_memory(config, least, **options)
+        assert fitting.num_slots >= 1 and fitting.used_bytes <= least
+        with pytest.raises(UserError):
+            plan_memory(config, least - 1, **options)
+        return
+    assert plan.used_bytes <= cache_bytes
+    assert 1 <= plan.num_slots <= min(max_batch_size, plan.num_pages)
+    assert plan.max_model_len <= plan.num_pages * 64
+    assert max_model_len in (None, plan.max_model_len)
+    is_capped = plan.num_pages == 2 * plan.num_slots * -(-(max_model_len or 5000) // 64)
+    assert is_capped or plan.used_bytes + plan.page_bytes > cache_bytes
+    assert checkpoint_bytes is not None or plan.checkpoint_bytes in (0, *range(plan.slot_bytes, cache_bytes // 4 + 1))
+
+
+def test_the_least_cache_is_named() -> None:
+    with pytest.raises(
+        UserError, match=r"cache_bytes: 1,000 cannot be used; accepted: at least 132,608, which hold .* 1,024"
+    ):
+        plan_memory(TINY, 1000, page_size=64, max_batch_size=4, max_model_len=1000)
 
 
 def test_unknown_dtype_is_named() -> None:

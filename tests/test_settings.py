@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimax_m1.errors import UserError
-from minimax_m1.settings import BenchSettings, ChatSettings, EvalSettings, option, read_toml, to_toml
+from minimax_m1.settings import BenchSettings, ChatSettings, EvalSettings, option, parse_bytes, read_toml, to_toml
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | texts
@@ -57,3 +57,28 @@ def test_not_toml(tmp_path: Path, content: bytes) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config: cannot read .*: No such file"):
         read_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1),
+        ("1048576", 2**20),
+        ("10B", 10),
+        ("512MB", 512_000_000),
+        ("0.1GB", 10**8),
+        ("8GiB", 2**33),
+        ("1.5 KiB", 1536),
+        (" .5GiB ", 2**29),
+    ],
+)
+def test_byte_sizes(value: int | str, expected: int) -> None:
+    assert parse_bytes("cache_bytes", value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["8Gb", "8G", "", "GiB", "-1", "0", "0GiB", "1e9", "1.5", "8 Gi B", "٣GiB", 0, -5, True, 1.5]
+)
+def test_no_byte_sizes(value: object) -> None:
+    with pytest.raises(UserError, match=r"cache_bytes: .* cannot be used; accepted: bytes, or a number of KB"):
+        parse_bytes("cache_bytes", value)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from minimax_m1 import accounting, kernels, shipped
+from minimax_m1.cache import PAGE_SIZE
 from minimax_m1.config import PRESETS, MiniMaxM1Config
 from minimax_m1.errors import UserError
-from minimax_m1.settings import InfoSettings
+from minimax_m1.settings import InfoSettings, parse_bytes
 
 CONTEXTS = (1024, 32_768, 131_072, 1_048_576)
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -19,9 +21,14 @@ def info(settings: InfoSettings) -> None:
     """Print the facts of `settings.model`.
 
     Raises:
-        UserError: there is no such folder or preset, or its config cannot describe a network.
+        UserError: there is no such folder or preset, its config cannot describe a network, or no sequence fits into
+            `settings.cache_bytes`.
     """
     facts = collect(settings.model)
+    if settings.cache_bytes is not None:
+        cache_bytes = parse_bytes("cache_bytes", settings.cache_bytes)
+        _, config = _find(settings.model)
+        facts["cache"] = plan(config, cache_bytes, settings.max_batch_size)
     print(json.dumps(facts, indent=2) if settings.json else _as_text(facts))
 
 
@@ -62,6 +69,16 @@ def collect(model: str | None) -> dict[str, Any]:
         "flops_per_token": {str(length): accounting.flops_per_token(config, length) for length in CONTEXTS},
         "backends": [name for name in kernels.BACKENDS if _is_available(name)],
     }
+
+
+def plan(config: MiniMaxM1Config, cache_bytes: int, max_batch_size: int) -> dict[str, int]:
+    """Return how an engine on a CPU, where keys and values are float32, would divide `cache_bytes`.
+
+    Raises:
+        UserError: not even one sequence fits.
+    """
+    found = accounting.plan_memory(config, cache_bytes, page_size=PAGE_SIZE, max_batch_size=max_batch_size)
+    return {**dataclasses.asdict(found), "page_tokens": PAGE_SIZE, "used_bytes": found.used_bytes}
 
 
 def _find(model: str | None) -> tuple[str, MiniMaxM1Config]:
@@ -112,6 +129,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"  keys and values      {_bytes(sequence['kv_per_token_bfloat16'])} per token (bfloat16), "
         f"{_bytes(sequence['kv_per_token_float32'])} (float32)",
         "",
+        *(_plan_as_text(facts["cache"]) if "cache" in facts else ()),
         "Compute per token, forward",
         *(f"  at {int(length):<9,} tokens  {_flops(count)}" for length, count in facts["flops_per_token"].items()),
         "",
@@ -119,6 +137,22 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"  backends here        {', '.join(facts['backends'])} (the first is used)",
     ]
     return "\n".join(lines)
+
+
+def _plan_as_text(plan: dict[str, int]) -> list[str]:
+    slots, pages, checkpoints = plan["num_slots"], plan["num_pages"], plan["checkpoint_bytes"]
+    slot_bytes, page_bytes = plan["slot_bytes"], plan["page_bytes"]
+    held = f", {checkpoints // slot_bytes:,} of them" if slot_bytes else ""
+    each = min(plan["max_model_len"], pages // slots * plan["page_tokens"])
+    return [
+        f"A cache of {_bytes(plan['cache_bytes'])}",
+        f"  sequences together   {slots:,}, a state of {_bytes(slot_bytes)} each: {_bytes(slots * slot_bytes)}",
+        f"  keys and values      {pages:,} pages of {plan['page_tokens']} tokens, {_bytes(page_bytes)} each: "
+        f"{_bytes(pages * page_bytes)}",
+        f"  cached prefixes      states in {_bytes(checkpoints)}{held}",
+        f"  longest sequence     {plan['max_model_len']:,} tokens alone, {each:,} each when all run together",
+        "",
+    ]
 
 
 def _bytes(size: int) -> str:

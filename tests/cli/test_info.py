@@ -36,3 +36,20 @@ def test_a_config_that_describes_no_network(run, tmp_path: Path) -> None:
     status, _, err = run("info", "--model", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
     assert "num_attention_heads: 7" in err
+
+
+def test_what_fits_into_a_cache(run, tmp_path: Path) -> None:
+    facts = json.loads(run("info", "--model", "minimax-m1", "--cache-bytes", "8GiB", "--json").out)
+    assert facts["cache"]["num_slots"] == 10 and facts["cache"]["used_bytes"] <= 8 * 2**30
+    out = run("info", "--model", "minimax-m1", "--cache-bytes", "8GiB", "--max-batch-size", 4).out
+    assert "4, a state of 280.0 MiB each: 1.1 GiB" in out and "pages of 64 tokens, 5.0 MiB each" in out
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("cache_bytes = 1000000000\nmax_batch_size = 1\n")
+    assert "A cache of 953.7 MiB" in run("--config", recipe, "info", "--model", "minimax-m1").out
+
+
+def test_a_cache_that_holds_nothing(run) -> None:
+    status, _, err = run("info", "--model", "minimax-m1", "--cache-bytes", "100MB")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cache_bytes: 100,000,000 cannot be used; accepted: at least 298,844,160" in err
+    assert "max_batch_size: 0" in run("info", "--cache-bytes", "1GB", "--max-batch-size", 0).err
