@@ -55,7 +55,8 @@ class Continuation:
         output_ids: the tokens so far; the one that ended the output is the last.
         finish_reason: None while it goes on; "stop" (eos, a stop id, a stop string, a complete grammar), "length",
             "repetition", or what `finish` was told.
-        stop_reason: the stop id or stop string that ended it; None for eos and all else.
+        stop_reason: the stop id or stop string that ended it; with "abort", why the grammar could not be followed; None
+            for eos and all else.
         logprobs: one entry a token if `params.logprobs` asks.
     """
 
@@ -161,7 +162,7 @@ class Continuation:
             banned = self._ending_ids
         if self._matcher is not None and self._thinking is not None and self._thinking.phase == "thinking":
             # The content is still to come, and must not begin in the token that ends the close.
-            banned = self._ending_ids.union(self._matcher.tokens.straddling(self._thinking.closing))
+            banned = self._ending_ids.union(self._matcher.tokens.straddling[self._thinking.closing].tolist())
         return banned
 
     def allowed_ids(self) -> NDArray[np.bool_] | None:
@@ -172,17 +173,20 @@ class Continuation:
         if thinking.phase == "content":
             return self._matcher.mask()
         if thinking.phase == "after":
-            return _with_ids(self._matcher.mask(), tokens.newlines(2 - thinking.num_newlines))
-        opening = tokens.opening(thinking.begun)
+            return _with_ids(
+                self._matcher.mask(), tokens.newlines[max(0, tokens.MOST_NEWLINES - thinking.num_newlines)]
+            )
+        opening = tokens.opening[thinking.begun]
         if self._matcher.is_dead:
             return _with_ids(np.zeros(self._matcher.vocab_size, dtype=np.bool_), opening)
         return _with_ids(self._matcher.mask(), opening)
 
     def start_mask(self, executor: Executor) -> None:
         """Begin to compute the grammar's mask for the next token in a thread, while the model runs."""
-        if self._matcher is not None and self._thinking is not None and self.finish_reason is None:
-            if self._thinking.phase != "thinking" and not self._forced and not self._matcher.is_dead:
-                self._matcher.start_mask(executor)
+        if self._matcher is None or self._thinking is None or self._thinking.phase == "thinking":
+            return
+        if self.finish_reason is None and not self._forced and not self._matcher.is_dead:
+            self._matcher.start_mask(executor)
 
     # -- the next token has come ---------------------------------------------------------------------------------
 
@@ -203,6 +207,9 @@ class Continuation:
             self.logprobs.append(details)
         if self._counts is not None:
             self._counts.add(token)
+        if self._matcher is not None and self._matcher.failure:
+            self._end("abort", self._matcher.failure)
+            return
         may_end = len(self.output_ids) >= self.params.min_tokens
         if token in self._ending_ids and (may_end or self._is_complete()):
             self._end("stop", None if token in self._eos_ids else token)
@@ -243,6 +250,8 @@ class Continuation:
             self._thinking.push(data)
         if self._matcher is not None:
             self._follow_grammar(token, phase)
+            if self.finish_reason is not None:
+                return
         new = self._utf8.decode(data)
         if self.params.stop:
             self._look_for_stop(new, may_end)
@@ -259,6 +268,8 @@ class Continuation:
         now = self._thinking.phase
         if phase == "content" or (phase == "after" and now == "content"):
             self._matcher.accept(token)
+            if self._matcher.failure:
+                self._end("abort", self._matcher.failure)
         elif phase == "start":
             # The beginning may be that of <think> and that of the content, until one of the two is excluded.
             if now in ("start", "content"):

@@ -1,8 +1,8 @@
 """How the next token is chosen: `SamplingParams`, and pure functions on one row of logits.
 
 Shapes: V ids of the vocabulary; a row is [V] float32, a numpy array on the CPU. Rows are worked on one by one, so that
-one row's outcome cannot depend on another row, and so that its temporaries stay in the processor's cache: for 64 rows of
-200,000 ids that is several times faster than operations on the whole matrix. An id with logit -inf is never chosen.
+one row's outcome cannot depend on another row, and so that its temporaries stay in the processor's cache: for 64 rows
+of 200,000 ids that is several times faster than operations on the whole matrix. An id with logit -inf is never chosen.
 No function changes its arguments, but for those named `scratch`. No torch at import.
 """
 
@@ -326,9 +326,7 @@ def new_scratch(vocab_size: int) -> NDArray[np.float32]:
     return np.zeros(-(-vocab_size // _BLOCK) * _BLOCK, dtype=np.float32)
 
 
-def draw_token(
-    row: NDArray[np.float32], params: SamplingParams, quantile: float, scratch: NDArray[np.float32]
-) -> int:
+def draw_token(row: NDArray[np.float32], params: SamplingParams, quantile: float, scratch: NDArray[np.float32]) -> int:
     """Draw a token of a row with a temperature above 0: temperature, top_k, top_p, min_p in Transformers' order.
 
     Args:
@@ -348,9 +346,7 @@ def draw_token(
     return block * _BLOCK + _at_quantile(inside, share)
 
 
-def exponentials(
-    row: NDArray[np.float32], temperature: float, scratch: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def exponentials(row: NDArray[np.float32], temperature: float, scratch: NDArray[np.float32]) -> NDArray[np.float64]:
     """Write exp((row - max) / temperature) to scratch[:V]; return the sums of its blocks, cumulated."""
     weights = scratch[: len(row)]
     np.subtract(row, row.max(), out=weights)

@@ -1,7 +1,8 @@
 """Where an output's thinking begins and ends, found in its bytes, and how many tokens it has.
 
-`<think>` and `</think>` are several ordinary tokens in M1, and what surrounds them may share a token with them. The rules
-are `tokenizer.AnswerParser`'s: thinking is what an output begins with, after spaces, or what the prompt has opened.
+`<think>` and `</think>` are several ordinary tokens in M1, and what surrounds them may share a token with them. The
+rules are `tokenizer.AnswerParser`'s: thinking is what an output begins with, after spaces, or what the prompt has
+opened.
 
 The count is of the tokens strictly between two: the one that completes `<think>` (or the end of a prompt that opened
 the thinking) and the first that belongs to the close. The close is `</think>`, with the newline before it if that is a

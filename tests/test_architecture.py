@@ -64,7 +64,19 @@ def test_kernels_do_not_know_the_config() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".errors", ".settings", ".progress", ".shipped", ".config", ".accounting", ".tokenizer", ".tasks", ".cli"],
+    [
+        "",
+        ".errors",
+        ".settings",
+        ".progress",
+        ".shipped",
+        ".config",
+        ".accounting",
+        ".tokenizer",
+        ".sampling",
+        ".tasks",
+        ".cli",
+    ],
 )
 def test_imports_without_torch(module: str) -> None:
     code = f"import minimax_m1{module}, sys; sys.exit('torch' in sys.modules)"
