@@ -66,7 +66,8 @@ class AsyncEngine:
                 unfinished -= delta.result is not None
                 yield delta
         finally:
-            self._post(lambda: self._forget(name))
+            if self._error is None:
+                self._post(lambda: self._forget(name))
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps, and return what it returns.

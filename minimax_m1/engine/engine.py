@@ -6,41 +6,47 @@ what `generation.stream_generate` would give it alone with the same seed.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import itertools
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
+from minimax_m1.accounting import plan_memory
 from minimax_m1.batch import ForwardBatch
 from minimax_m1.cache import PAGE_SIZE, HybridCache
 from minimax_m1.continuation import Continuation, choose_tokens
 from minimax_m1.engine.outputs import Delta, GenerationResult, as_chat, make_result
-from minimax_m1.engine.planning import plan_cache
 from minimax_m1.engine.prefix_cache import PrefixCache
+from minimax_m1.engine.prompt_lookup import PromptLookup
 from minimax_m1.engine.routing_log import RoutingLog, record_routing
 from minimax_m1.engine.scheduler import Scheduler, Step
 from minimax_m1.engine.sequence import Sequence
 from minimax_m1.engine.speculation import roll_back
 from minimax_m1.errors import UserError
 from minimax_m1.generation import resolve_eos
+from minimax_m1.grammar import GrammarCompiler
 from minimax_m1.model import MiniMaxM1ForCausalLM, Routing
 from minimax_m1.sampling import SamplingParams, forbidden_ids, fresh_seed, prompt_logprobs
-from minimax_m1.settings import EngineSettings
+from minimax_m1.settings import EngineSettings, parse_bytes
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
+Params = SamplingParams | Mapping[str, Any] | None  # None: the defaults; a mapping is parsed
+
+FREE_MEMORY_SHARE = 0.4  # of the free memory is the cache, unless the settings say how much
 LOGPROB_ROWS = 256  # rows of logits [rows, vocab] that are held at once for the log-probabilities of a prompt
 
 
 class Engine:
-    """Continuous batching over one model. Not thread-safe: one thread calls it (`AsyncEngine` is the door for others)."""
+    """Continuous batching over one model. One thread calls it; `AsyncEngine` is the door for others."""
 
     def __init__(
         self,
@@ -62,14 +68,30 @@ class Engine:
         """
         settings = settings or EngineSettings()
         self.model, self.tokenizer, self.settings, self.backend = model.eval(), tokenizer, settings, backend
-        plan = plan_cache(model, settings)
-        self.max_model_len = plan.max_model_len
+        cache_bytes = settings.cache_bytes
+        if cache_bytes is None:
+            cache_bytes = int(FREE_MEMORY_SHARE * _free_bytes(model.device))
+        self.plan = plan_memory(
+            model.config,
+            parse_bytes("cache_bytes", cache_bytes),
+            page_size=PAGE_SIZE,
+            max_batch_size=settings.max_batch_size,
+            max_model_len=settings.max_model_len,
+            checkpoint_bytes=settings.checkpoint_bytes if settings.prefix_cache else 0,
+            dtype=str(model.compute_dtype).removeprefix("torch."),
+        )
+        self.max_model_len = self.plan.max_model_len
         self.cache = HybridCache(
-            model.config, settings.max_batch_size, plan.max_model_len, model.compute_dtype, model.device, plan.num_pages
+            model.config,
+            self.plan.num_slots,
+            self.max_model_len,
+            model.compute_dtype,
+            model.device,
+            self.plan.num_pages,
         )
         self.prefix_cache: PrefixCache | None = None
         if settings.prefix_cache:
-            self.prefix_cache = PrefixCache(self.cache.pool, "", plan.checkpoint_bytes)
+            self.prefix_cache = PrefixCache(self.cache.pool, "", self.plan.checkpoint_bytes)
         self._eos = resolve_eos(model, None, tokenizer)
         self.scheduler = Scheduler(
             self.cache,
@@ -84,7 +106,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}  # what has not finished
         self._numbers = itertools.count()
         self._deltas: list[Delta] = []
-        self._grammars: GrammarCompiler | None = None  # made when the first grammar comes
+        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.config.vocab_size)
         self._mask_worker = ThreadPoolExecutor(1, "grammar")
         self.routing: RoutingLog | None = RoutingLog.of(model.config) if settings.routing_log else None
 
@@ -119,7 +141,7 @@ class Engine:
     def add(
         self,
         prompt: str | Many[int],
-        params: SamplingParams | Mapping[str, Any] | None = None,
+        params: Params = None,
         *,
         request_id: str | None = None,
         routing_log: bool | None = None,
@@ -152,10 +174,7 @@ class Engine:
         return name
 
     def _prompt_ids(self, prompt: str | Many[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self._needs_tokenizer("prompt").encode(prompt)
-        else:
-            ids = list(prompt)
+        ids = self._needs_tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else list(prompt)
         vocab_size = self.model.config.vocab_size
         if not ids:
             raise UserError("prompt: is empty; accepted: at least one token")
@@ -164,8 +183,8 @@ class Engine:
             raise UserError(f"prompt: id {wrong} is out of range; accepted: 0 to {vocab_size - 1}")
         if len(ids) >= self.max_model_len:
             raise UserError(
-                f"prompt: {len(ids)} tokens are too many; accepted: up to {self.max_model_len - 1}, which leaves one of "
-                f"max_model_len ({self.max_model_len}) to generate"
+                f"prompt: {len(ids)} tokens are too many; accepted: up to {self.max_model_len - 1}, one less than "
+                f"max_model_len"
             )
         return ids
 
@@ -175,33 +194,18 @@ class Engine:
         return self.tokenizer
 
     def _make_sequence(self, name: str, index: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
-        room = self.max_model_len - len(ids)
-        if params.max_new_tokens > room:
-            params = dataclasses.replace(params, max_new_tokens=room, min_tokens=min(room, params.min_tokens))
         continuation = Continuation(
             params,
             seed,
             ids,
-            vocab_size=self.model.config.vocab_size,
-            eos_ids=self._eos,
-            tokenizer=self.tokenizer,
-            matcher=self._matcher(params),
+            self._eos,
+            self.tokenizer,
+            self.model.config.vocab_size,
+            matcher=None if self._grammars is None else self._grammars.matcher(params, self._eos),
+            max_tokens=self.max_model_len - len(ids),
         )
-        lookup = None
-        if self.settings.speculative_tokens:
-            from minimax_m1.engine.prompt_lookup import PromptLookup
-            lookup = PromptLookup(ids)
+        lookup = PromptLookup(ids) if self.settings.speculative_tokens else None
         return Sequence(name, index, ids, params, continuation, lookup=lookup)
-
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
-        """Return what holds one output to its grammar; None if it has none."""
-        if params.structured is None and not params.forced_tools:
-            return None
-        if self._grammars is None:
-            from minimax_m1.grammar import GrammarCompiler
-            tokenizer = self._needs_tokenizer("structured")
-            self._grammars = GrammarCompiler(tokenizer, self.model.config.vocab_size)
-        return self._grammars.matcher(params, self._eos)
 
     def abort(self, request_id: str) -> None:
         """End a request now; its unfinished samples get results with finish_reason "abort" in the next step's deltas.
@@ -226,7 +230,7 @@ class Engine:
                 state = self.scheduler.swap_out(sequence)
                 sequence.saved = state
                 if folder is not None:
-                    path = folder / f"{request_id}-{sequence.index}.safetensors"
+                    path = folder / f"{quote(request_id, safe='')}-{sequence.index}.safetensors"
                     state.save(path)
                     sequence.saved = path
             elif sequence in self.scheduler.waiting:
@@ -281,8 +285,8 @@ class Engine:
     def _start_masks(self, step: Step) -> None:
         """Let the grammars of what will be sampled be worked out while the network runs."""
         for chunk in step.chunks:
-            if chunk.completes and chunk.sequence.params.structured is not None:
-                chunk.sequence.continuation.prepare(self._mask_worker)
+            if chunk.completes:
+                chunk.sequence.continuation.start_mask(self._mask_worker)
 
     def _run(self, step: Step) -> tuple[ForwardBatch, Tensor, list[Routing]]:
         """Run every chunk; return the layout, the hidden states [T, hidden] and each layer's routing."""
@@ -335,10 +339,11 @@ class Engine:
                 token = choice.token
                 if sequence.lookup is not None:
                     sequence.lookup.append(token)
-                i = index_of.get(sequence)
-                drafts = [] if i is None else step.chunks[i].drafts
-                if i is not None and sequence.continuation.finish_reason is None and drafts[place : place + 1] == [token]:
-                    kept[i] += 1
+                index = index_of.get(sequence)  # None: a sample that begins here
+                if index is None or sequence.continuation.finish_reason is not None:
+                    continue
+                if step.chunks[index].drafts[place : place + 1] == [token]:
+                    kept[index] += 1
                     going_on.append((sequence, row))
             drawing, place = going_on, place + 1
         return kept
@@ -357,7 +362,9 @@ class Engine:
         sequence.siblings = []
         return forked
 
-    def _commit(self, step: Step, batch: ForwardBatch, hidden: Tensor, routings: list[Routing], kept: list[int]) -> None:
+    def _commit(
+        self, step: Step, batch: ForwardBatch, hidden: Tensor, routings: list[Routing], kept: list[int]
+    ) -> None:
         """Take note of what has run: state, checkpoints, logs; and report what every output gained."""
         wrong = {i: n for i, n in enumerate(kept) if n < len(step.chunks[i].token_ids)}
         if wrong:
@@ -384,14 +391,17 @@ class Engine:
         self.prefix_cache.insert(sequence.prompt_ids, position, pages, states, sequence.salt)
 
     def _add_prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> None:
-        """Append the log-probabilities of the prompt tokens that follow those of `hidden`, if they are not there yet."""
-        found = sequence.prompt_logprobs
-        start = sequence.computed
+        """Append the log-probabilities of the prompt tokens behind those of `hidden`, if they are not there yet."""
+        top, found = sequence.params.prompt_logprobs, sequence.prompt_logprobs
+        assert top is not None
+        if not found:
+            found.append(None)  # nothing is before the first token
         for i in range(0, hidden.shape[0], LOGPROB_ROWS):
-            following = sequence.prompt_ids[start + i + 1 : start + min(i + LOGPROB_ROWS, hidden.shape[0]) + 1]
-            if following and start + i + 1 == len(found) + (not found):
+            start = sequence.computed + i + 1
+            following = sequence.prompt_ids[start : sequence.computed + min(i + LOGPROB_ROWS, hidden.shape[0]) + 1]
+            if following and start == len(found):
                 logits = self.model.compute_logits(hidden[i : i + len(following)], self.backend, num_decodes=0)
-                found += ([] if found else [None]) + prompt_logprobs(logits, following, sequence.params.prompt_logprobs, self._forbidden)
+                found += prompt_logprobs(logits, following, top, self._forbidden)
 
     def _report(self, sequence: Sequence) -> None:
         """Put what a sequence gained into a delta; end it if it has ended."""
@@ -434,7 +444,7 @@ class Engine:
     def generate(
         self,
         prompts: Many[str | Many[int]],
-        params: SamplingParams | Mapping[str, Any] | Many[SamplingParams | Mapping[str, Any]] | None = None,
+        params: Params | Many[Params] = None,
         *,
         routing_log: bool | None = None,
     ) -> list[GenerationResult]:
@@ -447,7 +457,9 @@ class Engine:
         Raises:
             UserError: what `add` raises for any of them; then none is run.
         """
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams | Mapping) else list(params)
+        if params is None or isinstance(params, SamplingParams | Mapping):
+            params = [params] * len(prompts)
+        each = list(params)
         if len(each) != len(prompts):
             raise UserError(f"params: {len(each)} for {len(prompts)} prompts; accepted: one for all, or one for each")
         names: list[str] = []
@@ -475,7 +487,7 @@ class Engine:
     def chat(
         self,
         conversations: Many[Many[Mapping[str, Any]]],
-        params: SamplingParams | Mapping[str, Any] | Many[SamplingParams | Mapping[str, Any]] | None = None,
+        params: Params | Many[Params] = None,
         *,
         tools: Many[Mapping[str, Any]] | None = None,
         routing_log: bool | None = None,
@@ -493,6 +505,13 @@ class Engine:
         tokenizer = self._needs_tokenizer("conversations")
         prompts = [tokenizer.apply_chat_template(messages, tools=tools) for messages in conversations]
         return [as_chat(result) for result in self.generate(prompts, params, routing_log=routing_log)]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the memory that nobody uses now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _slot(sequence: Sequence) -> int:

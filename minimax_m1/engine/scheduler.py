@@ -124,11 +124,8 @@ class Scheduler:
             return False
         slot = self._free_slots.pop()
         self.cache.reset(slot)
-        if sequence.saved is not None:
-            admitted = self._swap_in(sequence, slot)
-        else:
-            admitted = self._begin(sequence, slot)
-        if not admitted:
+        begin = self._begin if sequence.saved is None else self._swap_in
+        if not begin(sequence, slot):
             self.cache.release(slot)
             self._free_slots.append(slot)
             return False
@@ -153,14 +150,15 @@ class Scheduler:
         return True
 
     def _swap_in(self, sequence: Sequence, slot: int) -> bool:
-        state = sequence.saved
-        assert state is not None
-        if not isinstance(state, SequenceState):
-            state = SequenceState.load(state)
+        saved = sequence.saved
+        assert saved is not None
+        state = saved if isinstance(saved, SequenceState) else SequenceState.load(saved)
         if not self._reserve(slot, state.length):
             return False
         self.cache.swap_in(slot, state)
         sequence.saved = None
+        if not isinstance(saved, SequenceState):
+            saved.unlink()
         return True
 
     def _reserve(self, slot: int, length: int) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minimax_m1.cache import SequenceState
 from minimax_m1.continuation import Continuation
+from minimax_m1.engine.prompt_lookup import PromptLookup
 from minimax_m1.engine.routing_log import RoutingLog
 from minimax_m1.sampling import SamplingParams, TokenLogprob
 

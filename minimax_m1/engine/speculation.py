@@ -2,9 +2,9 @@
 
 A draft is verified by drawing every token as if there were no drafts: position t's draw depends on the seed, on t and
 on its logits, and decode rows give the same logits to the bit however many run together. So a request's tokens, and
-its state afterwards, are those of decoding one by one. Keys and values of wrong drafts lie behind the sequence's length and
-are overwritten. Lightning states have taken the wrong tokens in; they are set back to those before the step, and take
-in the right ones again by the recurrence alone, from the keys and values that the step kept.
+its state afterwards, are those of decoding one by one. Keys and values of wrong drafts lie behind the sequence's
+length and are overwritten. Lightning states have taken the wrong tokens in; they are set back to those before the step,
+and take in the right ones again by the recurrence alone, from the keys and values that the step kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def roll_back(
         states_before: slot -> its lightning states before the step.
     """
     assert batch.cached is not None and batch.cached.drafts is not None
-    slots, bounds, rows = [], [0], []
+    slots: list[int] = []
+    bounds, rows = [0], list[int]()
     starts = batch.cu_seqlens.tolist()
     for index, count in kept.items():
         slot = batch.cached.slots[index]

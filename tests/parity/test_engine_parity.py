@@ -1,9 +1,9 @@
 """Whatever else runs beside it, a request gets from the engine what `generate_batch` gives it alone."""
 
+import dataclasses
 import random
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import EngineSettings
 
 VOCAB = 211
+SLOT_BYTES, PAGE_BYTES = 3 * 4 * 8 * 8 * 4, 2 * 2 * 8 * 64 * 4  # of the model below
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +47,6 @@ def assert_nothing_leaks(engine: Engine) -> None:
     engine.forget_prefixes()
     assert engine.cache.pool.num_free == engine.cache.pool.num_pages
     assert sorted(engine.scheduler._free_slots) == list(range(engine.cache.max_seqs))
-
-
-def bytes_for(model, batch_size: int, num_pages: int) -> int:
-    """Return the memory in which exactly so many pages fit beside the slots."""
-    config = model.config
-    slot = len(config.lightning_layers) * config.num_attention_heads * config.head_dim**2 * 4
-    page = len(config.softmax_layers) * 2 * config.num_key_value_heads * config.head_dim * 64 * 4
-    return batch_size * slot + num_pages * page
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -121,7 +114,7 @@ def assert_as_alone(model, requests, results) -> None:
 def test_64_random_requests_get_what_they_get_alone(model, seed):
     rng = random.Random(seed)
     requests = random_requests(rng, 64, 3000)
-    engine = make_engine(model, max_num_tokens=512, speculative_tokens=0)
+    engine = make_engine(model, max_num_tokens=512, speculative_tokens=rng.choice([0, 4]))
     results = run_schedule(engine, requests, rng, abort_share=0.02)
     assert_as_alone(model, requests, results)
     assert engine.prefix_cache.stats.hits > 0
@@ -134,25 +127,70 @@ def test_64_random_requests_get_what_they_get_alone(model, seed):
     st.integers(1, 5),
     st.integers(12, 40),
     st.booleans(),
-    st.sampled_from([0]),
+    st.sampled_from([0, 3]),
     st.sampled_from([None, 64]),
 )
 def test_every_schedule_ends_and_leaks_nothing(model, seed, batch_size, num_pages, prefix_cache, drafts, every):
     """Few pages: sequences are preempted, cached prefixes evicted; everyone still gets its own."""
     rng = random.Random(seed)
     requests = random_requests(rng, 12, 300)
+    checkpoint_bytes = rng.choice([0, 30_000, 1 << 20])
     engine = make_engine(
         model,
         max_batch_size=batch_size,
         max_num_tokens=batch_size + rng.choice([64, 200]),
         max_model_len=400,
-        cache_bytes=bytes_for(model, batch_size, num_pages),
-        checkpoint_bytes=rng.choice([0, 100_000, 1 << 20]),
+        cache_bytes=batch_size * SLOT_BYTES + num_pages * PAGE_BYTES + checkpoint_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         prefix_cache=prefix_cache,
         speculative_tokens=drafts,
         checkpoint_every=every,
     )
-    assert engine.cache.pool.num_pages == min(num_pages, 7 * batch_size)  # 400 tokens each need 7
     results = run_schedule(engine, requests, rng, abort_share=0.05)
     assert_as_alone(model, requests, results)
     assert_nothing_leaks(engine)
+
+
+def test_preempted_sequences_get_what_they_get_alone(model):
+    """Eight sequences that grow to 5 pages each, in 20 pages."""
+    rng = random.Random(3)
+    requests = [([rng.randrange(VOCAB) for _ in range(100)], random_params(rng)) for _ in range(8)]
+    requests = [
+        (prompt, dataclasses.replace(params, max_new_tokens=200, ignore_eos=True, stop_token_ids=()))
+        for prompt, params in requests
+    ]
+    engine = make_engine(
+        model,
+        max_model_len=320,
+        cache_bytes=8 * SLOT_BYTES + 20 * PAGE_BYTES,
+        checkpoint_bytes=0,
+    )
+    results = run_schedule(engine, requests, rng, abort_share=0)
+    assert engine.scheduler.num_preemptions > 0
+    assert_as_alone(model, requests, results)
+    assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_speculation_gives_the_bits_of_decoding_one_by_one(model, temperature):
+    """Prompts that repeat, so that drafts are right and wrong; log-probabilities are compared exactly."""
+    rng = random.Random(5)
+    prompts = []
+    for _ in range(5):
+        phrase = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 9))]
+        prompts.append(phrase * rng.randint(3, 20))
+    params = SamplingParams(max_new_tokens=80, temperature=temperature, ignore_eos=True, seed=2, logprobs=3)
+    results, steps = [], []
+    for drafts in (0, 5):
+        engine = make_engine(model, speculative_tokens=drafts)
+        names = [engine.add(prompt, params) for prompt in prompts]
+        found = {}
+        count = 0
+        while engine.has_work():
+            found |= {delta.request_id: delta.result for delta in engine.step() if delta.result is not None}
+            count += 1
+        results.append([(found[name].token_ids, found[name].logprobs) for name in names])
+        steps.append(count)
+        assert_nothing_leaks(engine)
+    assert results[0] == results[1]
+    assert steps[1] < steps[0]  # some drafts were right
