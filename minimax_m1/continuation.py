@@ -25,8 +25,8 @@ from minimax_m1.sampling import (
     TokenLogprob,
     describe_token,
     draw_token,
-    new_scratch,
-    token_logprob,
+    exponentials,
+    logprob_of,
     uniform,
 )
 from minimax_m1.thinking import Thinking, close_ids, opens_thinking
@@ -343,19 +343,20 @@ def choose_tokens(
         N choices, for `rows[i].append(*choices[i])`.
     """
     matrix = logits.detach().float().cpu().numpy()
-    scratch, work = new_scratch(matrix.shape[1]), np.empty(matrix.shape[1], dtype=np.float32)
-    return [_choose(raw, row, forbidden, scratch, work) for raw, row in zip(matrix, rows, strict=True)]
+    weights, work = np.empty(matrix.shape[1], dtype=np.float32), np.empty(matrix.shape[1], dtype=np.float32)
+    return [_choose(raw, row, forbidden, weights, work) for raw, row in zip(matrix, rows, strict=True)]
 
 
 def _choose(
     raw: NDArray[np.float32],
     row: Continuation,
     forbidden: NDArray[np.int64] | None,
-    scratch: NDArray[np.float32],
+    weights: NDArray[np.float32],
     work: NDArray[np.float32],
 ) -> Choice:
-    """Choose one row's token; `work` [V] is room for its scores."""
+    """Choose one row's token; `weights` and `work` [V] are room for exponentials and scores."""
     params = row.params
+    total: float | None = None  # of the exponentials of `raw`
     if row.forced_ids:
         token = row.forced_ids[0]
     else:
@@ -363,10 +364,12 @@ def _choose(
         if params.temperature == 0:
             token = int(scores.argmax())
         else:
-            token = draw_token(scores, params, uniform(row.seed, len(row.output_ids)), scratch)
+            blocks = exponentials(scores, params.temperature, weights)
+            token = draw_token(weights, blocks, params, uniform(row.seed, len(row.output_ids)))
+            total = float(blocks[-1]) if scores is raw and params.temperature == 1 else None
     if not row.wants_logprob:
         return Choice(token)
-    logprob = token_logprob(raw, token, scratch)
+    logprob = logprob_of(raw, token, float(exponentials(raw, 1.0, weights)[-1]) if total is None else total)
     if params.logprobs is None:
         return Choice(token, logprob)
     return Choice(token, logprob, describe_token(raw, token, logprob, params.logprobs, forbidden))

@@ -3,7 +3,7 @@
 Shapes: V ids of the vocabulary; a row is [V] float32, a numpy array on the CPU. Rows are worked on one by one, so that
 one row's outcome cannot depend on another row, and so that its temporaries stay in the processor's cache: for 64 rows
 of 200,000 ids that is several times faster than operations on the whole matrix. An id with logit -inf is never chosen.
-No function changes its arguments, but for those named `scratch`. No torch at import.
+No function changes its arguments, but where it says so. No torch at import.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import difflib
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +47,9 @@ class StructuredOutput:
     grammar: str | None = None  # a grammar in llguidance's dialect of Lark
 
     def __post_init__(self) -> None:
-        if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
+        object.__setattr__(self, "choice", _as_tuple("structured.choice", self.choice))
+        if not all(isinstance(text, str) and text for text in self.choice):
             raise UserError(f"structured.choice: {self.choice!r} cannot be used; accepted: texts that are not empty")
-        object.__setattr__(self, "choice", tuple(self.choice))
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False, ())]
         if len(given) != 1:
             names = ", ".join(f.name for f in dataclasses.fields(self))
@@ -110,8 +110,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids", "tools"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         _check_whole("max_new_tokens", self.max_new_tokens, 1)
         _check_number("temperature", self.temperature, 0, 1000)
         _check_number("top_p", self.top_p, 0, 1, above=True)
@@ -189,9 +189,6 @@ class SamplingParams:
                 int(token) if isinstance(token, str) and token.isdecimal() else token: bias
                 for token, bias in values["logit_bias"].items()
             }
-        for name in ("stop_token_ids", "tools"):
-            if not isinstance(values.get(name, ()), Sequence) or isinstance(values.get(name), str):
-                raise UserError(f"{name}: {values[name]!r} cannot be used; accepted: a list")
         return cls(**values)
 
     @property
@@ -321,75 +318,86 @@ class _Column:
 # -- the draw -----------------------------------------------------------------------------------------------------
 
 
-def new_scratch(vocab_size: int) -> NDArray[np.float32]:
-    """Return room for the weights of one row, for the functions below; what lies behind V stays zero."""
-    return np.zeros(-(-vocab_size // _BLOCK) * _BLOCK, dtype=np.float32)
-
-
-def draw_token(row: NDArray[np.float32], params: SamplingParams, quantile: float, scratch: NDArray[np.float32]) -> int:
-    """Draw a token of a row with a temperature above 0: temperature, top_k, top_p, min_p in Transformers' order.
-
-    Args:
-        row: [V] float32, at least one of them finite.
-        quantile: a number in [0, 1); the token is the one at this quantile of the ids' distribution.
-        scratch: from `new_scratch`.
-    """
-    totals = exponentials(row, params.temperature, scratch)
-    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        weights = scratch[: len(row)]
-        kept = keep_ids(weights, float(totals[-1]), params)
-        return int(kept[_at_quantile(weights[kept].cumsum(dtype=np.float64), quantile)])
-    block = _at_quantile(totals, quantile)
-    before = float(totals[block - 1]) if block else 0.0
-    inside = scratch[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    share = (quantile * float(totals[-1]) - before) / (float(totals[block]) - before)
-    return block * _BLOCK + _at_quantile(inside, share)
-
-
-def exponentials(row: NDArray[np.float32], temperature: float, scratch: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Write exp((row - max) / temperature) to scratch[:V]; return the sums of its blocks, cumulated."""
-    weights = scratch[: len(row)]
+def exponentials(row: NDArray[np.float32], temperature: float, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Write exp((row - max) / temperature) to `weights` [V]; return `cumulated_blocks` of them."""
     np.subtract(row, row.max(), out=weights)
     if temperature != 1:
         with np.errstate(over="ignore"):
             np.divide(weights, np.float32(max(temperature, _COLDEST)), out=weights)
     np.exp(weights, out=weights)
-    return scratch.reshape(-1, _BLOCK).sum(axis=1).cumsum(dtype=np.float64)
+    return cumulated_blocks(weights)
+
+
+def draw_token(
+    weights: NDArray[np.float32], blocks: NDArray[np.float64], params: SamplingParams, quantile: float
+) -> int:
+    """Draw an id: top_k, top_p, min_p in Transformers' order, then the id at a quantile of what they leave.
+
+    Args:
+        weights: [V] from `exponentials`, as is `blocks`: proportional to the probabilities, the largest 1.
+        quantile: a number in [0, 1).
+    """
+    if params.top_k == 0 and params.top_p >= 1 and params.min_p == 0:
+        return index_at(weights, blocks, quantile * float(blocks[-1]), side="right")
+    ids = keep_ids(weights, float(blocks[-1]), params)
+    weights = weights[ids]
+    blocks = cumulated_blocks(weights)
+    return int(ids[index_at(weights, blocks, quantile * float(blocks[-1]), side="right")])
 
 
 def keep_ids(weights: NDArray[np.float32], total: float, params: SamplingParams) -> NDArray[np.int64]:
     """Return the ids, ascending, that top_k, top_p and min_p leave; ids as probable as the last of a set are in it.
 
     Args:
-        weights: [V] float32, proportional to the probabilities, the largest 1.
+        weights: [V], the largest 1.
         total: their sum.
     Source: nucleus sampling, Holtzman et al. 2019 (arXiv 1904.09751); min_p, arXiv 2407.01082.
     """
-    least = params.min_p
-    if params.top_k > 0 or params.top_p < 1:
-        for bound in (2e-3, 1e-5, 0.0):  # sorting all ids takes long, and the likely ones are mostly enough
-            likely = np.flatnonzero(weights > bound)
-            values = weights[likely]
-            enough = len(values) >= params.top_k if params.top_k > 0 else values.sum() > params.top_p * total
-            if enough:
-                break
-        values = np.sort(values)[::-1]
-        if 0 < params.top_k < len(values):
-            least = max(least, float(values[params.top_k - 1]))
-            values = values[: np.searchsorted(-values, -values[params.top_k - 1], side="right")]
-        if params.top_p < 1:
-            sums = values.cumsum(dtype=np.float64)
-            total = float(sums[-1]) if params.top_k > 0 else total
-            kept = int(np.searchsorted(sums, params.top_p * total, side="left")) + 1  # the first that reaches it
-            least = max(least, float(values[min(kept, len(values)) - 1]))
-        return likely[weights[likely] >= np.float32(least)]
-    return np.flatnonzero(weights >= np.float32(least))
+    if params.top_k == 0 and params.top_p >= 1:
+        return np.flatnonzero(weights >= np.float32(params.min_p))
+    # Sorting all ids takes long, and few are enough: those too unlikely to be in the set even together are left out.
+    tail = 0.0 if params.top_k > 0 else 0.999 * (1 - params.top_p) * total / len(weights)
+    for bound in (2e-3, 1e-4, 0.0):
+        likely = np.flatnonzero(weights > max(bound, tail))
+        found = weights[likely]
+        if bound <= tail or (len(found) >= params.top_k if params.top_k > 0 else found.sum() > params.top_p * total):
+            break
+    values = np.sort(found)[::-1]
+    if 0 < params.top_k < len(values):
+        values = values[: np.searchsorted(-values, -values[params.top_k - 1], side="right")]
+    least = values[-1]
+    if params.top_p < 1:
+        blocks = cumulated_blocks(values)
+        total = float(blocks[-1]) if params.top_k > 0 else total
+        least = values[index_at(values, blocks, params.top_p * total, side="left")]
+    return likely[np.flatnonzero(found >= max(least, np.float32(params.min_p)))]
 
 
-def _at_quantile(sums: NDArray[np.float64], quantile: float) -> int:
-    """Return the first index whose cumulated sum exceeds quantile x the last one; never one that adds nothing."""
+def cumulated_blocks(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cumulated sums of blocks of 256 weights: a quantile is then found in one block, not in all ids."""
+    whole = len(weights) // _BLOCK
+    sums = np.empty(-(-len(weights) // _BLOCK), dtype=np.float64)
+    sums[:whole] = weights[: whole * _BLOCK].reshape(whole, _BLOCK).sum(axis=1)
+    sums[whole:] = weights[whole * _BLOCK :].sum()
+    return sums.cumsum()
+
+
+def index_at(
+    weights: NDArray[np.float32], blocks: NDArray[np.float64], target: float, *, side: Literal["left", "right"]
+) -> int:
+    """Return the first index whose cumulated weight reaches `target` (left) or exceeds it (right).
+
+    Never that of a weight 0; the last of the others where `target` is the sum of all or, by rounding, more.
+    """
+    block = _first(blocks, target, side)
+    before = float(blocks[block - 1]) if block else 0.0
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _first(inside, target - before, side)
+
+
+def _first(sums: NDArray[np.float64], target: float, side: Literal["left", "right"]) -> int:
     last = int(np.searchsorted(sums, sums[-1], side="left"))  # the last that adds something
-    return min(int(np.searchsorted(sums, quantile * sums[-1], side="right")), last)
+    return min(int(np.searchsorted(sums, target, side=side)), last)
 
 
 def uniform(seed: int, step: int) -> float:
@@ -419,9 +427,8 @@ def _mix(value: int) -> int:
 # -- log-probabilities --------------------------------------------------------------------------------------------
 
 
-def token_logprob(row: NDArray[np.float32], token: int, scratch: NDArray[np.float32]) -> float:
-    """Return log-softmax(row)[token]; `scratch` is from `new_scratch`."""
-    total = float(exponentials(row, 1.0, scratch)[-1])
+def logprob_of(row: NDArray[np.float32], token: int, total: float) -> float:
+    """Return log-softmax(row)[token]; `total` is the sum of `exponentials` of the row at temperature 1."""
     return float(row[token]) - float(row.max()) - math.log(total)
 
 
@@ -463,14 +470,21 @@ def prompt_logprobs(
         forbidden: see `describe_token`.
     """
     rows = logits.detach().float().cpu().numpy()
-    scratch = new_scratch(rows.shape[1])
-    return [
-        describe_token(row, token, token_logprob(row, token, scratch), top, forbidden)
-        for row, token in zip(rows, next_ids, strict=True)
-    ]
+    weights = np.empty(rows.shape[1], dtype=np.float32)
+    found = []
+    for row, token in zip(rows, next_ids, strict=True):
+        logprob = logprob_of(row, token, float(exponentials(row, 1.0, weights)[-1]))
+        found.append(describe_token(row, token, logprob, top, forbidden))
+    return found
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{name}: {values!r} cannot be used; accepted: a list")
+    return tuple(values)
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
