@@ -86,6 +86,7 @@ class SamplingSettings(ModelSettings):
     top_k: int = option(0, "draw from this many most probable tokens; 0: off")
     min_p: float = option(0.0, "drop tokens less probable than this share of the best one; 0: off")
     repetition_penalty: float = option(1.0, "above 1 discourages tokens that stand in the text already")
+    max_thinking_tokens: int | None = option(None, "most tokens of thinking, 0 for none at all [default: no limit]")
     stop: tuple[str, ...] = option((), "texts that end the answer")
     seed: int | None = option(None, "the same seed draws the same answer")
 

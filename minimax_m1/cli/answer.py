@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from minimax_m1 import shipped
+from minimax_m1.engine import Engine, GenerationResult
 from minimax_m1.errors import UserError
-from minimax_m1.generation import stream_generate
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
-from minimax_m1.settings import ModelSettings, SamplingSettings
-from minimax_m1.tokenizer import AnswerEvent, AnswerParser, IncrementalDecoder, MiniMaxM1Tokenizer
+from minimax_m1.settings import EngineSettings, ModelSettings, SamplingSettings
+from minimax_m1.tokenizer import AnswerEvent, AnswerParser, MiniMaxM1Tokenizer
+
+
+def load_engine(settings: ModelSettings) -> Engine:
+    """Load the model that the settings name into an engine for one conversation at a time.
+
+    Raises:
+        UserError: the checkpoint or the device cannot be used.
+    """
+    model, tokenizer = load(settings)
+    return Engine(model, tokenizer, EngineSettings(max_batch_size=1), settings.backend)
 
 
 def load(settings: ModelSettings) -> tuple[MiniMaxM1ForCausalLM, MiniMaxM1Tokenizer]:
@@ -56,6 +68,7 @@ def sampling_params(settings: SamplingSettings) -> SamplingParams:
         top_k=settings.top_k,
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
+        max_thinking_tokens=settings.max_thinking_tokens,
         stop=settings.stop,
         seed=settings.seed,
     )
@@ -64,30 +77,12 @@ def sampling_params(settings: SamplingSettings) -> SamplingParams:
 class AnswerStream:
     """The pieces of an answer as they are generated; `num_tokens` and `tokens_per_second` count along."""
 
-    def __init__(
-        self,
-        model: MiniMaxM1ForCausalLM,
-        tokenizer: MiniMaxM1Tokenizer,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        backend: str | None,
-    ) -> None:
-        self.num_tokens = 0
-        self.cut_off = False  # max_new_tokens came before the end
+    def __init__(self, engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._engine = engine
+        self._name = engine.add(prompt_ids, params)
         self._seconds = 0.0  # from the first token to the last
-        tokens = stream_generate(model, prompt_ids, params, tokenizer=tokenizer, backend=backend)
-        self._tokens = self._count(tokens, params.max_new_tokens)
-        self._decoder: IncrementalDecoder = tokenizer.stream_decoder(skip_special_tokens=True)
-
-    def _count(self, tokens: Iterator[int], most: int) -> Iterator[int]:
-        first = 0.0
-        for token in tokens:
-            now = time.perf_counter()
-            first = first or now
-            self.num_tokens += 1
-            self._seconds = now - first
-            yield token
-        self.cut_off = self.num_tokens == most
+        self.num_tokens = 0
+        self.result: GenerationResult | None = None  # at the end
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,9 +91,21 @@ class AnswerStream:
 
     def texts(self) -> Iterator[str]:
         """Yield the answer as it is, thinking and markup included."""
-        for token in self._tokens:
-            yield self._decoder.push(token)
-        yield self._decoder.finish()
+        first = 0.0
+        try:
+            while self.result is None:
+                with _interrupts_held():
+                    deltas = self._engine.step()
+                for delta in deltas:
+                    now = time.perf_counter()
+                    first = first or now
+                    self.num_tokens += len(delta.token_ids)
+                    self._seconds, self.result = now - first, delta.result
+                    yield delta.text
+        finally:
+            if self.result is None:  # nobody wants the rest
+                self._engine.abort(self._name)
+                self._engine.step()
 
     def events(self) -> Iterator[AnswerEvent]:
         """Yield the answer taken apart: thinking, content, tool calls."""
@@ -106,3 +113,16 @@ class AnswerStream:
         for text in self.texts():
             yield from parser.push(text)
         yield from parser.finish()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a step of the engine that breaks off would leave it half done."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt

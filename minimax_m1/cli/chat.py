@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 from minimax_m1 import accounting, shipped
-from minimax_m1.cli.answer import AnswerStream, load, sampling_params
+from minimax_m1.cli.answer import AnswerStream, load_engine, sampling_params
 from minimax_m1.cli.terminal import AnswerPrinter, dimmed
+from minimax_m1.engine import Engine
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import ChatSettings
 from minimax_m1.tasks.conversation import ABILITIES
-from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 EXAMPLES = (
     "What is 384 + 729?",
@@ -31,10 +31,10 @@ def chat(settings: ChatSettings) -> None:
         UserError: settings or a checkpoint that cannot be used.
     """
     params = sampling_params(settings)
-    model, tokenizer = load(settings)
+    engine = load_engine(settings)
     system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
     history: list[dict[str, Any]] = list(system)
-    _print_banner(settings, model)
+    _print_banner(settings, engine.model)
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - its import gives input() editing and history
     while (line := _read_line()) is not None:
@@ -48,25 +48,16 @@ def chat(settings: ChatSettings) -> None:
         elif line.startswith("/"):
             print(dimmed(f"There is no command {line}. {_HELP}", sys.stdout))
         elif line:
-            history += _answer(
-                model, tokenizer, [*history, {"role": "user", "content": line}], params, settings.backend
-            )
+            history += _answer(engine, [*history, {"role": "user", "content": line}], params)
 
 
-def _answer(
-    model: MiniMaxM1ForCausalLM,
-    tokenizer: MiniMaxM1Tokenizer,
-    messages: list[dict[str, Any]],
-    params: SamplingParams,
-    backend: str | None,
-) -> list[dict[str, Any]]:
+def _answer(engine: Engine, messages: list[dict[str, Any]], params: SamplingParams) -> list[dict[str, Any]]:
     """Print the answer to the last message; return what the conversation grows by."""
     try:
-        prompt_ids = tokenizer.apply_chat_template(messages)
+        answer = AnswerStream(engine, engine.needs_tokenizer("messages").apply_chat_template(messages), params)
     except UserError as error:  # this message cannot be sent; the next may
         print(f"error: {error}", file=sys.stderr)
         return []
-    answer = AnswerStream(model, tokenizer, prompt_ids, params, backend)
     note = ""
     printer = AnswerPrinter(thinking_to=sys.stdout)
     try:
@@ -75,7 +66,7 @@ def _answer(
                 printer.print(event)
     except KeyboardInterrupt:
         note = ", stopped"
-    if answer.cut_off:
+    if answer.result is not None and answer.result.finish_reason == "length":
         note = f", stopped at --max-new-tokens {params.max_new_tokens}"
     print(
         dimmed(f"({answer.num_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s{note})", sys.stdout), end="\n\n"

@@ -174,7 +174,7 @@ class Engine:
         return name
 
     def _prompt_ids(self, prompt: str | Many[int]) -> list[int]:
-        ids = self._needs_tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.needs_tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else list(prompt)
         vocab_size = self.model.config.vocab_size
         if not ids:
             raise UserError("prompt: is empty; accepted: at least one token")
@@ -188,7 +188,12 @@ class Engine:
             )
         return ids
 
-    def _needs_tokenizer(self, field: str) -> MiniMaxM1Tokenizer:
+    def needs_tokenizer(self, field: str) -> MiniMaxM1Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            UserError: there is none; the message names the `field` that needs it.
+        """
         if self.tokenizer is None:
             raise UserError(f"{field}: cannot be used, for this engine was made without a tokenizer")
         return self.tokenizer
@@ -502,7 +507,7 @@ class Engine:
         Raises:
             UserError: messages that the template cannot take, and what `add` raises.
         """
-        tokenizer = self._needs_tokenizer("conversations")
+        tokenizer = self.needs_tokenizer("conversations")
         prompts = [tokenizer.apply_chat_template(messages, tools=tools) for messages in conversations]
         return [as_chat(result) for result in self.generate(prompts, params, routing_log=routing_log)]
 
