@@ -31,6 +31,7 @@ typedef int32_t ireg __attribute__((vector_size(4 * L)));
 
 inline reg get(const float* p) { reg v; std::memcpy(&v, p, sizeof v); return v; }
 inline void put(float* p, reg v) { std::memcpy(p, &v, sizeof v); }
+inline reg all(float x) { const reg zero = {}; return x - zero; }  // 0 + x would cost an addition: it changes -0
 inline reg larger(reg a, reg b) { return a > b ? a : b; }  // b where either is NaN
 
 inline bool any_above(reg v, float limit) {
@@ -59,8 +60,7 @@ inline float total(reg v) {
 
 // 2^x for x <= 0; below -100 it stays at 2^-100, which is nothing beside a sum of at least 1/2. 1e-7 relative, NaN stays.
 inline reg power_of_two(reg x) {
-    const reg zero = {}, lowest = zero - 100.0f;
-    x = larger(lowest, x);
+    x = larger(all(-100.0f), x);
     reg t = x + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number, kept in the lowest bits
     reg r = x - (t - 12582912.0f);
     reg p = r * 0.0013276472454890609f + 0.009675540961325169f;  // minimax for |r| <= 1/2
@@ -94,16 +94,19 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // Summed in the order of k whatever R and C are.
 template <int R, int C>
 inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, float* out, int64_t ldo, float keep) {
-    reg acc[R][C] = {};
-    if (keep != 0)
+    reg acc[R][C];
+    if (keep != 0) {
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) acc[r][c] = get(out + r * ldo + c * L) * keep;
+    } else {
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) acc[r][c] = all(0);
+    }
     for (int64_t k = 0; k < K; k++) {
         reg v[C];
         for (int c = 0; c < C; c++) v[c] = get(b + k * ldb + c * L);
         for (int r = 0; r < R; r++) {
-            const reg zero = {};
-            const reg x = zero + a[r * lda + k];
+            const reg x = all(a[r * lda + k]);
             for (int c = 0; c < C; c++) acc[r][c] += x * v[c];
         }
     }
@@ -206,7 +209,6 @@ struct Work {
 template <bool MASKED>
 inline void weigh(float* scores, float* top, float* lanes, float* sums, int64_t padded, int64_t from, int64_t to) {
     constexpr int C = PAGE / L;
-    const reg zero = {};
     reg x[C];
     ireg seen[C];
     for (int c = 0; c < C; c++) {
@@ -215,7 +217,7 @@ inline void weigh(float* scores, float* top, float* lanes, float* sums, int64_t 
             ireg j;
             for (int i = 0; i < L; i++) j[i] = c * L + i;
             seen[c] = (j >= int32_t(from)) & (j < int32_t(to));
-            x[c] = seen[c] ? x[c] : zero - INFINITY;
+            x[c] = seen[c] ? x[c] : all(-INFINITY);
         }
     }
     reg most = x[0];
