@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,64 @@ LIGHTNING, SOFTMAX = 0, 1  # the values of attn_type_list
 
 # `minimax` is the Transformers port of the same network: other keys and tensor names, translated on reading.
 MODEL_TYPES = ("minimax_m1", "minimax_text_01", "minimax")
+
+QUANTIZATIONS = ("int8", "int8-experts", "int4", "int4-g32", "int4-g64", "int4-g128")
+GROUP_SIZES = (32, 64, 128)
+INT4_GROUP_SIZE = 32  # of plain "int4": docs/benchmarks.md has what the others lose
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How weights are stored in fewer bits: `quantization_config` of a config.json.
+
+    Raises:
+        UserError: a value that is not known; the message names it and what is accepted.
+    """
+
+    bits: int  # 8 or 4
+    group_size: int | None = None  # 4 bits: input columns that share a scale; 8 bits: None, one scale an output
+    modules: str = "all"  # every matrix but embedding, head, router and shared expert's coefficient; or "experts"
+
+    def __post_init__(self) -> None:
+        _require(self.bits in (8, 4), "quantization_config.bits", self.bits, "8 or 4")
+        groups = (None,) if self.bits == 8 else GROUP_SIZES
+        accepted = "null with 8 bits" if self.bits == 8 else f"{', '.join(map(str, groups))} with 4 bits"
+        _require(self.group_size in groups, "quantization_config.group_size", self.group_size, accepted)
+        _require(self.modules in ("all", "experts"), "quantization_config.modules", self.modules, "all or experts")
+
+    @classmethod
+    def parse(cls, name: str) -> QuantizationConfig:
+        """Return what a name such as int8, int8-experts, int4 or int4-g64 stands for.
+
+        Raises:
+            UserError: no such name.
+        """
+        found = re.fullmatch(r"int(?:(8)|4(?:-g(32|64|128))?)(-experts)?", name)
+        if found is None:
+            raise UserError(f"quantization: {name!r} cannot be used; accepted: {', '.join(QUANTIZATIONS)}")
+        modules = "experts" if found[3] else "all"
+        return cls(8, None, modules) if found[1] else cls(4, int(found[2] or INT4_GROUP_SIZE), modules)
+
+    @property
+    def name(self) -> str:
+        """The name that `parse` understands."""
+        groups = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"int{self.bits}{groups}" + ("-experts" if self.modules == "experts" else "")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> QuantizationConfig:
+        """Read `quantization_config` of a config.json.
+
+        Raises:
+            UserError: not ours, or a value that is not known.
+        """
+        method = values.get("quant_method") if isinstance(values, Mapping) else values
+        _require(method == "minimax_m1", "quantization_config.quant_method", method, '"minimax_m1"')
+        return cls(**{name: values.get(name) for name in ("bits", "group_size")}, modules=values.get("modules", "all"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the `quantization_config` of a config.json."""
+        return {"quant_method": "minimax_m1", **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -224,6 +283,16 @@ class MiniMaxM1Config:
         """Indices of the layers with softmax attention."""
         assert self.attn_type_list is not None
         return [i for i, kind in enumerate(self.attn_type_list) if kind == SOFTMAX]
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How the checkpoint's weights are quantized; None: they are not.
+
+        Raises:
+            UserError: `quantization_config` is of another program, or has values that are not known.
+        """
+        values = self.extra.get("quantization_config")
+        return None if values is None else QuantizationConfig.from_dict(values)
 
     def attention_scales(self, layer: int) -> tuple[float, float]:
         """Return (alpha, beta) of the attention residual of one layer, by the layer's type."""

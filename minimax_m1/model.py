@@ -150,11 +150,12 @@ class MiniMaxM1ForCausalLM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         progress: bool = False,
+        quantization: str | None = None,
     ) -> MiniMaxM1ForCausalLM:
         """Load a checkpoint folder; see `minimax_m1.weights.load_model`."""
         from minimax_m1.weights import load_model
 
-        return load_model(folder, dtype=dtype, device=device, progress=progress)
+        return load_model(folder, dtype=dtype, device=device, progress=progress, quantization=quantization)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write config.json and safetensors; see `minimax_m1.weights.save_model`."""

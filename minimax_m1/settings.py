@@ -27,6 +27,7 @@ else:
 
 Backend = Literal["compiled", "torch", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int8-experts", "int4", "int4-g32", "int4-g64", "int4-g128"]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # such as -5 + 3
 
 
@@ -43,6 +44,9 @@ class ModelSettings:
 
     model: Path | None = option(None, "checkpoint folder; without it, the model that ships with the package")
     dtype: Dtype = option("auto", "of the weights in memory; auto: as in the checkpoint")
+    quantization: Quantization | None = option(
+        None, "round the weights to so many bits [default: as in the checkpoint]"
+    )
     device: str = option("cpu", "where the model runs, as torch names it: cpu, cuda, cuda:1")
     backend: Backend | None = option(None, "kernels to run with; reference is the plain formula [default: fastest]")
 
@@ -120,6 +124,17 @@ class InfoSettings:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
             raise UserError(f"max_batch_size: {self.max_batch_size} cannot be used; accepted: a whole number from 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Options of `minimax-m1 quantize`."""
+
+    model: Path | None = option(None, "checkpoint folder; without it, the model that ships with the package")
+    output: Path = option(..., "folder to write the smaller checkpoint to")
+    quantization: Quantization = option("int8", "bits, and the inputs that share a scale; int4 is int4-g32")
+    dtype: Dtype = option("auto", "of what is not quantized; auto: as in the checkpoint")
+    overwrite: bool = option(False, "replace what is in the output folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The command line: `minimax-m1 chat | generate | train | eval | info | bench`, parsed by cyclopts.
+"""The command line: `minimax-m1 chat | generate | train | eval | info | quantize | bench`, parsed by cyclopts.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -22,6 +22,7 @@ from minimax_m1.settings import (
     EvalSettings,
     GenerateSettings,
     InfoSettings,
+    QuantizeSettings,
     to_toml,
 )
 from minimax_m1.training.settings import TrainSettings
@@ -76,6 +77,14 @@ def info(*, settings: Annotated[InfoSettings, Fields] = InfoSettings()) -> None:
     from minimax_m1.cli.info import info
 
     info(settings)
+
+
+@app.command
+def quantize(*, settings: Annotated[QuantizeSettings, Fields]) -> None:
+    """Write a smaller checkpoint: matrices of 8 or 4 bits instead of floats."""
+    from minimax_m1.cli.quantize import quantize
+
+    quantize(settings)
 
 
 @app.command

@@ -39,7 +39,9 @@ def load(settings: ModelSettings) -> tuple[MiniMaxM1ForCausalLM, MiniMaxM1Tokeni
         raise UserError(f"model: there is no folder {folder}; a checkpoint folder with config.json is needed")
     _check_device(settings.device)
     tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
-    model = MiniMaxM1ForCausalLM.from_pretrained(folder, dtype=settings.dtype, device=settings.device, progress=True)
+    model = MiniMaxM1ForCausalLM.from_pretrained(
+        folder, dtype=settings.dtype, device=settings.device, progress=True, quantization=settings.quantization
+    )
     return model, tokenizer
 
 

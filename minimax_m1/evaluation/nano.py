@@ -50,7 +50,9 @@ def evaluate_nano(settings: EvalSettings) -> list[FamilyResult]:
             raise UserError(f"families: {family!r} is not known; accepted: {', '.join(NANO_TASKS)}")
     folder = settings.model or shipped.path()
     tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
-    model = MiniMaxM1ForCausalLM.from_pretrained(folder, dtype=settings.dtype, device=settings.device)
+    model = MiniMaxM1ForCausalLM.from_pretrained(
+        folder, dtype=settings.dtype, device=settings.device, quantization=settings.quantization
+    )
     started = time.perf_counter()
     families = list(settings.families or NANO_TASKS)
     results = [

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch  # before the library: both then share the OpenMP threads that PyTorch loads
 from torch import Tensor
 
+from minimax_m1.kernels.quantized import QuantizedWeight
+
 PAGE_SIZE = 64  # tokens in a page of the cache, fixed in csrc/sequence.cpp
 MAX_ROWS = 32  # of a product; above, PyTorch's is faster (docs/decisions.md)
 
@@ -21,6 +23,10 @@ _ARGUMENTS = {  # p pointer, n int64, f float32
     "linear_bf16": "pppnnn",
     "experts_f32": "ppppppnnnnn",
     "experts_bf16": "ppppppnnnnn",
+    "linear_int8": "ppppnnn",
+    "linear_int4": "ppppnnnn",
+    "experts_int8": "ppppppppnnnnn",
+    "experts_int4": "ppppppppnnnnnn",
     "rms_norm_f32": "pppnnf",
     "attention_decode_f32": "ppppppppnnnnnnnnn",
     "attention_prefill_f32": "ppppppppnnnnnnnnn",
@@ -75,6 +81,41 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weigh
     function = library.experts_f32 if w13.dtype == torch.float32 else library.experts_bf16
     pointers = (t.data_ptr() for t in (x, w13, w2, expert_ids, expert_weights, y))
     function(*pointers, *expert_ids.shape, w13.shape[0], w2.shape[2], x.shape[1])
+    return y
+
+
+def fits_quantized(x: Tensor) -> bool:
+    """Say whether the kernels of quantized weights take these rows, any number of them: float32 on a CPU."""
+    return x.dtype == torch.float32 and x.is_cpu
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Return x weight^T [M, N] float32 for x [M, K] float32; a row's result never depends on the other rows."""
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], weight.size_out)
+    assert library is not None
+    pointers = (x.data_ptr(), weight.tiles.data_ptr(), weight.scales.data_ptr(), out.data_ptr())
+    if weight.group_size is None:
+        library.linear_int8(*pointers, *out.shape, weight.size_in)
+    else:
+        library.linear_int4(*pointers, *out.shape, weight.size_in, weight.group_size)
+    return out
+
+
+def quantized_experts(
+    x: Tensor, w13: QuantizedWeight, w2: QuantizedWeight, expert_ids: Tensor, expert_weights: Tensor
+) -> Tensor:
+    """Return `experts.expert_mlp` for any number of tokens; w13 [E, 2, I, D], gate and up apart, and w2 [E, D, I]."""
+    x, expert_ids, expert_weights = x.contiguous(), expert_ids.contiguous(), expert_weights.float().contiguous()
+    y = torch.empty_like(x)
+    assert library is not None
+    tensors = (x, w13.tiles, w13.scales, w2.tiles, w2.scales, expert_ids, expert_weights, y)
+    pointers = (t.data_ptr() for t in tensors)
+    sizes = (*expert_ids.shape, w13.shape[0], w13.size_out, w13.size_in)
+    if w13.group_size is None:
+        library.experts_int8(*pointers, *sizes)
+    else:
+        library.experts_int4(*pointers, *sizes, w13.group_size)
     return y
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.experts_torch import expert_mlp_torch
-from minimax_m1.kernels.linear import MIN_ROWS, row_kernel_rows
+from minimax_m1.kernels.linear import MIN_ROWS, refuse_gradient, row_kernel_rows
+from minimax_m1.kernels.quantized import QuantizedWeight
 
 
 def expert_mlp(
     x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     expert_ids: Tensor,
     expert_weights: Tensor,
     *,
@@ -32,6 +33,7 @@ def expert_mlp(
     Args:
         x: [T, D].
         w13: [E, 2 I, D], gate rows (w1) above up rows (w3). w2: [E, D, I]. Cast to the dtype of x where they differ.
+            Quantized: both alike, w13 as [E, 2, I, D] with gate and up apart; then nothing here is differentiable.
         expert_ids: [T, K] int64.
         expert_weights: [T, K], what each expert's result counts; in inference, 0 leaves the expert out.
         backend: one of `kernels.BACKENDS`, or None for the fastest.
@@ -39,7 +41,19 @@ def expert_mlp(
 
     Returns:
         [T, D] in the dtype of x.
+
+    Raises:
+        UserError: a gradient through quantized weights is asked for.
     """
+    if isinstance(w13, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        assert isinstance(w13, QuantizedWeight) and isinstance(w2, QuantizedWeight)
+        refuse_gradient(x, expert_weights)
+        if choose(backend) == "compiled" and compiled.fits_quantized(x):
+            return compiled.quantized_experts(x, w13, w2, expert_ids, expert_weights)
+        if choose(backend) != "reference":
+            min_rows = MIN_ROWS if num_decodes is not None else 1
+            return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights, min_rows)
+        w13, w2 = (torch.stack([w[e].dequantize(x.dtype) for e in range(w.shape[0])]) for w in (w13, w2))
     if choose(backend) == "reference":
         return expert_mlp_reference(x, w13, w2, expert_ids, expert_weights)
     rows = row_kernel_rows(x, backend, num_decodes, w13, w2, expert_weights)

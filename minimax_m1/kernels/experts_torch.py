@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimax_m1.kernels.linear import matmul
+from minimax_m1.kernels.quantized import QuantizedWeight
 
 
 def expert_mlp_torch(
-    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, min_rows: int = 1
+    x: Tensor,
+    w13: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    min_rows: int = 1,
 ) -> Tensor:
     """Run the experts over sorted rows; arguments and results as `experts.expert_mlp`, `min_rows` as in `matmul`."""
     num_experts = w13.shape[0]
@@ -34,8 +40,8 @@ def expert_mlp_torch(
 
 def _run(
     x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     expert_weights: Tensor,
     order: Tensor,
     counts: list[int],

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimax_m1.errors import UserError
 from minimax_m1.kernels import choose, compiled
+from minimax_m1.kernels.quantized import QuantizedWeight
 
 # Only these CPUs multiply bfloat16 faster than float32 (measured: 4 times); on others it is 8 to 150 times slower.
 CPU_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -17,8 +19,10 @@ CPU_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is
 MIN_ROWS = 16  # from so many rows on, a row of PyTorch's product does not depend on how many others there are
 
 
-def linear(x: Tensor, weight: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
-    """Return x weight^T [M, N] in the dtype of x [M, K]; differentiable.
+def linear(
+    x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = None, num_decodes: int | None = None
+) -> Tensor:
+    """Return x weight^T [M, N] in the dtype of x [M, K]; differentiable unless the weight is quantized.
 
     Args:
         num_decodes: inference with a cache: the first so many rows belong to decoding sequences. They run through the
@@ -26,7 +30,15 @@ def linear(x: Tensor, weight: Tensor, backend: str | None = None, num_decodes: i
             the bit whatever else is in the batch. None: whichever is faster for this number of rows.
 
     Where x is float32 and the weight bfloat16, as on a CPU, the product is taken as `matmul` says.
+
+    Raises:
+        UserError: a gradient through a quantized weight is asked for.
     """
+    if isinstance(weight, QuantizedWeight):
+        refuse_gradient(x)
+        if choose(backend) == "compiled" and compiled.fits_quantized(x):
+            return compiled.quantized_linear(x, weight)
+        return matmul(x, weight, backend, MIN_ROWS if num_decodes is not None else 1)
     return _linear(x, weight, backend, num_decodes, widen=False)
 
 
@@ -58,14 +70,22 @@ def row_kernel_rows(x: Tensor, backend: str | None, num_decodes: int | None, *we
     return num_decodes
 
 
-def matmul(x: Tensor, weight: Tensor, backend: str | None = None, min_rows: int = 1) -> Tensor:
+def refuse_gradient(*inputs: Tensor) -> None:
+    """Raise UserError where a quantized weight would have to pass a gradient on."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise UserError("quantization: a quantized model cannot be trained; load the weights without quantization")
+
+
+def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = None, min_rows: int = 1) -> Tensor:
     """Return x weight^T in the dtype of x through PyTorch's product, in the type that is fastest here.
 
     Fewer rows than `min_rows` are filled up with zeros: below 16 PyTorch's product sums in another order.
 
     float32 rows times a bfloat16 weight: a CPU with bfloat16 instructions rounds the rows, as a GPU would; any other,
-    and the reference, widens the weight, which is exact.
+    and the reference, widens the weight, which is exact. A quantized weight is multiplied as the floats it stands for.
     """
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize(x.dtype)
     rows = x.shape[0]
     if rows < min_rows:
         return matmul(F.pad(x, (0, 0, 0, min_rows - rows)), weight, backend)[:rows]
