@@ -51,7 +51,7 @@ def write(row: Continuation, ids: list[int], logprob: float | None = None) -> li
     return pieces
 
 
-# -- text and stop strings ------------------------------------------------------------------------------------------
+# -- text and stop strings -------------------------------------------------------------------------------------------
 
 CHARACTERS = st.text(alphabet="abcd é€", max_size=30)
 
@@ -121,7 +121,7 @@ def test_a_stop_string_before_min_tokens_does_not_count(tokenizer: MiniMaxM1Toke
     assert row.text == "", "it is complete with the third token"
 
 
-# -- what ends an output ----------------------------------------------------------------------------------------------
+# -- what ends an output ---------------------------------------------------------------------------------------------
 
 
 def test_ids_that_end_an_output() -> None:
@@ -187,7 +187,7 @@ def test_what_needs_text_needs_a_tokenizer(params: dict[str, Any], field: str) -
         start(None, **params)
 
 
-# -- copies, and cost ---------------------------------------------------------------------------------------------------
+# -- copies, and cost ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
