@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minimax_m1.config import MiniMaxM1Config
+    from minimax_m1.engine import Engine
     from minimax_m1.model import MiniMaxM1ForCausalLM
     from minimax_m1.sampling import SamplingParams
     from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["MiniMaxM1Config", "MiniMaxM1ForCausalLM", "MiniMaxM1Tokenizer", "SamplingParams"]
+__all__ = ["Engine", "MiniMaxM1Config", "MiniMaxM1ForCausalLM", "MiniMaxM1Tokenizer", "SamplingParams"]
 
 _HOME = {
+    "Engine": "minimax_m1.engine",
     "MiniMaxM1Config": "minimax_m1.config",
     "MiniMaxM1ForCausalLM": "minimax_m1.model",
     "MiniMaxM1Tokenizer": "minimax_m1.tokenizer",

@@ -11,38 +11,34 @@ import itertools
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
-from torch import Tensor
 
 from minimax_m1.accounting import plan_memory
-from minimax_m1.batch import ForwardBatch
 from minimax_m1.cache import PAGE_SIZE, HybridCache
-from minimax_m1.continuation import Continuation, choose_tokens
+from minimax_m1.continuation import Continuation
 from minimax_m1.engine.outputs import Delta, GenerationResult, as_chat, make_result
 from minimax_m1.engine.prefix_cache import PrefixCache
 from minimax_m1.engine.prompt_lookup import PromptLookup
-from minimax_m1.engine.routing_log import RoutingLog, record_routing
-from minimax_m1.engine.scheduler import Scheduler, Step
+from minimax_m1.engine.routing_log import RoutingLog
+from minimax_m1.engine.runner import Runner
+from minimax_m1.engine.scheduler import Scheduler
 from minimax_m1.engine.sequence import Sequence
-from minimax_m1.engine.speculation import roll_back
 from minimax_m1.errors import UserError
 from minimax_m1.generation import resolve_eos
 from minimax_m1.grammar import GrammarCompiler
-from minimax_m1.model import MiniMaxM1ForCausalLM, Routing
-from minimax_m1.sampling import SamplingParams, forbidden_ids, fresh_seed, prompt_logprobs
+from minimax_m1.model import MiniMaxM1ForCausalLM
+from minimax_m1.sampling import SamplingParams, fresh_seed
 from minimax_m1.settings import EngineSettings, parse_bytes
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 Params = SamplingParams | Mapping[str, Any] | None  # None: the defaults; a mapping is parsed
 
 FREE_MEMORY_SHARE = 0.4  # of the free memory is the cache, unless the settings say how much
-LOGPROB_ROWS = 256  # rows of logits [rows, vocab] that are held at once for the log-probabilities of a prompt
 
 
 class Engine:
@@ -67,7 +63,7 @@ class Engine:
             UserError: settings that cannot be used, such as a cache too small for one sequence.
         """
         settings = settings or EngineSettings()
-        self.model, self.tokenizer, self.settings, self.backend = model.eval(), tokenizer, settings, backend
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         cache_bytes = settings.cache_bytes
         if cache_bytes is None:
             cache_bytes = int(FREE_MEMORY_SHARE * _free_bytes(model.device))
@@ -101,14 +97,15 @@ class Engine:
             self._eos,
             settings.checkpoint_every,
         )
+        self.routing: RoutingLog | None = (
+            RoutingLog.of(model.config) if settings.routing_log else None
+        )  # of all requests
         valid = None if tokenizer is None else len(tokenizer)
-        self._forbidden = forbidden_ids(model.model.embed_tokens.weight, valid)
+        self.runner = Runner(model, self.cache, self.scheduler, valid, backend, self.routing)
         self._requests: dict[str, list[Sequence]] = {}  # what has not finished
         self._numbers = itertools.count()
         self._deltas: list[Delta] = []
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.config.vocab_size)
-        self._mask_worker = ThreadPoolExecutor(1, "grammar")
-        self.routing: RoutingLog | None = RoutingLog.of(model.config) if settings.routing_log else None
 
     @classmethod
     def from_pretrained(
@@ -132,8 +129,7 @@ class Engine:
             hint = f"did you mean {near[0]}?" if near else f"accepted: {', '.join(known)}"
             raise UserError(f"{name}: is not a setting of the engine; {hint}")
         tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
-        assert quantization is None
-        model = MiniMaxM1ForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+        model = MiniMaxM1ForCausalLM.from_pretrained(folder, dtype=dtype, device=device, quantization=quantization)
         return cls(model, tokenizer, EngineSettings(**settings), backend)
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -280,133 +276,13 @@ class Engine:
         """Advance what the scheduler chose by one forward pass; return what every output gained."""
         step = self.scheduler.schedule()
         if step.chunks:
-            self._start_masks(step)
-            batch, hidden, routings = self._run(step)
-            kept = self._sample(step, batch, hidden)
-            self._commit(step, batch, hidden, routings, kept)
+            batch, hidden, routings = self.runner.run(step)
+            kept = self.runner.sample(step, batch, hidden)
+            self.runner.commit(step, batch, hidden, routings, kept)
+            for sequence in list(self.scheduler.running):
+                self._report(sequence)
         deltas, self._deltas = self._deltas, []
         return deltas
-
-    def _start_masks(self, step: Step) -> None:
-        """Let the grammars of what will be sampled be worked out while the network runs."""
-        for chunk in step.chunks:
-            if chunk.completes:
-                chunk.sequence.continuation.start_mask(self._mask_worker)
-
-    def _run(self, step: Step) -> tuple[ForwardBatch, Tensor, list[Routing]]:
-        """Run every chunk; return the layout, the hidden states [T, hidden] and each layer's routing."""
-        chunks = step.chunks
-        token_ids = [token for chunk in chunks for token in chunk.token_ids]
-        seqlens = [len(chunk.token_ids) for chunk in chunks]
-        slots = [_slot(chunk.sequence) for chunk in chunks]
-        threshold = torch.tensor([chunk.sequence.params.expert_threshold for chunk in chunks])
-        batch = self.cache.batch(
-            slots,
-            seqlens,
-            self.backend,
-            num_decodes=len(step.decodes),
-            keep_drafts=any(chunk.num_drafts for chunk in step.decodes),
-            expert_threshold=_per_token(threshold, seqlens, self.model.device) if bool((threshold < 1).any()) else None,
-        )
-        drafting = [_slot(chunk.sequence) for chunk in step.decodes if chunk.num_drafts]
-        self._states_before = {slot: self.cache.read_states(slot) for slot in drafting}
-        ids = torch.tensor(token_ids, device=self.model.device)
-        hidden, routings = self.model.forward_packed(ids, batch, self.cache)
-        return batch, hidden, routings
-
-    def _sample(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> list[int]:
-        """Choose the next token of every sequence whose tokens have all run; return how many tokens of each chunk stay.
-
-        A sequence with drafts goes on as long as the token that it drew is the one that was drafted.
-        """
-        kept = [len(chunk.token_ids) - chunk.num_drafts for chunk in step.chunks]
-        bounds = batch.cu_seqlens.tolist()
-        drawing: list[tuple[Sequence, int]] = []  # a sequence, and the first row of `logits` that is its own
-        rows: list[int] = []  # of hidden
-        index_of: dict[Sequence, int] = {}
-        for i, chunk in enumerate(step.chunks):
-            if chunk.completes:
-                drawing.append((chunk.sequence, len(rows)))
-                drawing += [(sibling, len(rows)) for sibling in self._fork_siblings(chunk.sequence)]
-                rows += range(bounds[i] + kept[i] - 1, bounds[i + 1])
-                index_of[chunk.sequence] = i
-        if not drawing:
-            return kept
-        logits = self.model.compute_logits(hidden[rows], self.backend, num_decodes=len(rows))
-        place = 0
-        while drawing:
-            at = [row + place for _, row in drawing]
-            continuations = [sequence.continuation for sequence, _ in drawing]
-            choices = choose_tokens(logits[at], continuations, self._forbidden)
-            going_on = []
-            for (sequence, row), choice in zip(drawing, choices, strict=True):
-                sequence.continuation.append(*choice)
-                token = choice.token
-                if sequence.lookup is not None:
-                    sequence.lookup.append(token)
-                index = index_of.get(sequence)  # None: a sample that begins here
-                if index is None or sequence.continuation.finish_reason is not None:
-                    continue
-                if step.chunks[index].drafts[place : place + 1] == [token]:
-                    kept[index] += 1
-                    going_on.append((sequence, row))
-            drawing, place = going_on, place + 1
-        return kept
-
-    def _fork_siblings(self, sequence: Sequence) -> list[Sequence]:
-        """Start the other samples of a request behind the prompt that the first has run; those without room wait."""
-        forked = []
-        for sibling in sequence.siblings:
-            sibling.cached_tokens = sequence.cached_tokens
-            if sibling.continuation.finish_reason is not None:
-                continue
-            if self.scheduler.fork(sequence, sibling):
-                forked.append(sibling)
-            elif not sibling.paused:
-                self.scheduler.waiting.appendleft(sibling)
-        sequence.siblings = []
-        return forked
-
-    def _commit(
-        self, step: Step, batch: ForwardBatch, hidden: Tensor, routings: list[Routing], kept: list[int]
-    ) -> None:
-        """Take note of what has run: state, checkpoints, logs; and report what every output gained."""
-        wrong = {i: n for i, n in enumerate(kept) if n < len(step.chunks[i].token_ids)}
-        if wrong:
-            roll_back(self.model, self.cache, batch, wrong, self._states_before)
-        bounds = batch.cu_seqlens.tolist()
-        for i, chunk in enumerate(step.chunks):
-            sequence = chunk.sequence
-            rows = slice(bounds[i], bounds[i] + kept[i])
-            if sequence.params.prompt_logprobs is not None:
-                self._add_prompt_logprobs(sequence, hidden[rows])
-            sequence.computed += kept[i]
-            if sequence.checkpoints and sequence.computed == sequence.checkpoints[0]:
-                self._take_checkpoint(sequence)
-        logged = [(c.sequence.routing, bounds[i], bounds[i] + kept[i]) for i, c in enumerate(step.chunks)]
-        record_routing(routings, logged, self.routing)
-        for sequence in list(self.scheduler.running):
-            self._report(sequence)
-
-    def _take_checkpoint(self, sequence: Sequence) -> None:
-        assert self.prefix_cache is not None
-        position, slot = sequence.checkpoints.pop(0), _slot(sequence)
-        pages = self.cache.pages[slot][: position // PAGE_SIZE]
-        states = self.cache.read_states(slot)
-        self.prefix_cache.insert(sequence.prompt_ids, position, pages, states, sequence.salt)
-
-    def _add_prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> None:
-        """Append the log-probabilities of the prompt tokens behind those of `hidden`, if they are not there yet."""
-        top, found = sequence.params.prompt_logprobs, sequence.prompt_logprobs
-        assert top is not None
-        if not found:
-            found.append(None)  # nothing is before the first token
-        for i in range(0, hidden.shape[0], LOGPROB_ROWS):
-            start = sequence.computed + i + 1
-            following = sequence.prompt_ids[start : sequence.computed + min(i + LOGPROB_ROWS, hidden.shape[0]) + 1]
-            if following and start == len(found):
-                logits = self.model.compute_logits(hidden[i : i + len(following)], self.backend, num_decodes=0)
-                found += prompt_logprobs(logits, following, top, self._forbidden)
 
     def _report(self, sequence: Sequence) -> None:
         """Put what a sequence gained into a delta; end it if it has ended."""
@@ -513,17 +389,14 @@ class Engine:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Return the memory that nobody uses now."""
+    """Return the memory that is not in use, within what a container may have."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
-
-
-def _per_token(values: Tensor, seqlens: list[int], device: torch.device) -> Tensor:
-    """Repeat each sequence's value for its tokens."""
-    return values.repeat_interleave(torch.tensor(seqlens)).to(device)
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():  # not Linux: half of all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = int(available.split()[1]) * 1024
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(limit.with_name("memory.current").read_text()))
+    return max(0, free)
