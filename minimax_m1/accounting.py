@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minimax_m1.config import MiniMaxM1Config
+from minimax_m1.config import QUANTIZATIONS, MiniMaxM1Config, QuantizationConfig
 from minimax_m1.errors import UserError
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
@@ -64,11 +64,18 @@ def active_parameters(config: MiniMaxM1Config) -> int:
 def weight_bytes(config: MiniMaxM1Config, dtype: str = "bfloat16") -> int:
     """Return the bytes of all parameters in `dtype`, the router at least in float32 (MiniMax-M1: 912,210,767,872).
 
-    Scales of int8 and int4 are not counted.
+    A quantization such as int8 or int4-g64 (`config.QUANTIZATIONS`) counts its scales, and what it leaves as it is in
+    bfloat16.
 
     Raises:
-        UserError: `dtype` is not one of `DTYPE_BITS`.
+        UserError: `dtype` is neither one of `DTYPE_BITS` nor a quantization.
     """
+    if dtype in QUANTIZATIONS:
+        quantization = QuantizationConfig.parse(dtype)
+        matrices = _quantized_matrices(config, quantization)
+        floats = sum(count * size_out * size_in for count, size_out, size_in in matrices) * 2
+        small = sum(count * _quantized_bytes(size_out, size_in, quantization) for count, size_out, size_in in matrices)
+        return weight_bytes(config) - floats + small
     router = parameter_counts(config)["router"]
     return ((parameters(config) - router) * _bits(dtype) + router * max(_bits(dtype), 32)) // 8
 
@@ -219,6 +226,35 @@ def training_flops(config: MiniMaxM1Config, seqlens: list[int], *, recompute: bo
     """
     forward = sum(prefill_flops(config, n, num_logits=n) for n in seqlens)
     return forward * (4 if recompute else 3)
+
+
+# -- quantized matrices -------------------------------------------------------------------------------------------
+
+
+def _quantized_matrices(config: MiniMaxM1Config, quantization: QuantizationConfig) -> list[tuple[int, int, int]]:
+    """Return (how many, outputs, inputs) of the matrices that are quantized."""
+    assert config.head_dim is not None
+    layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    num_experts = layers * config.num_local_experts
+    matrices = [(2 * num_experts, width, hidden), (num_experts, hidden, width)]
+    if quantization.modules == "experts":
+        return matrices
+    num_lightning, num_softmax = len(config.lightning_layers), len(config.softmax_layers)
+    heads, kv, shared = (
+        _heads_width(config),
+        config.num_key_value_heads * config.head_dim,
+        config.shared_intermediate_size,
+    )
+    attention = [(4 * num_lightning + num_softmax, heads, hidden), (2 * num_softmax, kv, hidden)]
+    matrices += [*attention, (layers, hidden, heads)]
+    return matrices + ([(2 * layers, shared, hidden), (layers, hidden, shared)] if shared > 0 else [])
+
+
+def _quantized_bytes(size_out: int, size_in: int, quantization: QuantizationConfig) -> int:
+    """Values and scales: float32 for each output, or bfloat16 for each group of inputs."""
+    if quantization.group_size is None:
+        return size_out * (size_in + 4)
+    return size_out * (-(-size_in // 2) + 2 * -(-size_in // quantization.group_size))
 
 
 # -- one layer ----------------------------------------------------------------------------------------------------
