@@ -7,7 +7,7 @@ powers of two, a last layer that is softmax, no shared expert, positions given t
 import pytest
 import torch
 
-from minimax_m1.benchmark import transformers_twin
+from minimax_m1.benchmark.network import transformers_twin
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.model import MiniMaxM1ForCausalLM

@@ -1,21 +1,14 @@
-"""Benchmarks: this package beside Transformers' port of the same network, same weights, in the same run.
-
-Only ratios of a run are worth quoting: machines differ, and drift while they measure. The machine's own ceilings
-(float32 matrix product, reading memory) are measured in the same run, and our share of them is printed.
-"""
+"""The network beside Transformers' port of it: same weights, same function, in turn; training and inference."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,83 +16,24 @@ from torch import Tensor
 
 from minimax_m1.accounting import prefill_flops, training_flops
 from minimax_m1.batch import ForwardBatch
+from minimax_m1.benchmark.measure import Figure, Machine, median_seconds
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
-from minimax_m1.errors import UserError
 from minimax_m1.generation import PREFILL_CHUNK
-from minimax_m1.kernels import choose
 from minimax_m1.model import MiniMaxM1ForCausalLM, load_balancing_loss
-from minimax_m1.settings import BenchSettings
+from minimax_m1.quantization import quantized_matrices
 
 CASES = ("prefill-8k", "prefill-32k", "decode-1", "decode-8", "train", "decode-context", "bfloat16", "memory-128k")
 
 
-class Figure(NamedTuple):
-    """One line of the result; `peer` and `ceiling` are in the unit of `ours`, None where there is none."""
-
-    case: str
-    unit: str  # tokens/s unless said otherwise
-    ours: float
-    peer: float | None = None
-    ceiling: float | None = None  # what the machine could do at most, by its own measured limit
-
-
-class Machine(NamedTuple):
-    """What this machine can do at most, measured here."""
-
-    gemm_flops: float  # float32, per second
-    read_bytes: float  # from memory, per second
-
-
-def main(settings: BenchSettings) -> None:
-    """Run the cases and print them as they finish; write them to `settings.json` if that is set.
-
-    Raises:
-        UserError: an unknown case.
-    """
-    unknown = sorted(set(settings.only) - set(CASES))
-    if unknown:
-        raise UserError(f"only: {unknown[0]!r} is not a case; choose from {', '.join(CASES)}")
-    peer = _peer_version()
-    machine = measure_machine()
-    about = {
-        "torch": torch.__version__,
-        "transformers": peer,
-        "threads": torch.get_num_threads(),
-        "backend": choose(None),
-        "processor": _processor(),
-        "gemm_gflops": round(machine.gemm_flops / 1e9, 1),
-        "read_gbytes": round(machine.read_bytes / 1e9, 1),
-    }
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{'case':30}{'unit':>10}{'ours':>10}{'peer':>10}{'ratio':>8}{'of ceiling':>12}")
-    figures = []
-    for size in settings.sizes:
-        for figure in run_size(size, machine, settings, with_peer=peer is not None):
-            figures.append(figure)
-            print(_line(figure), flush=True)
-    if settings.json is not None:
-        rows = [figure._asdict() for figure in figures]
-        settings.json.write_text(json.dumps({"machine": about, "figures": rows}, indent=2) + "\n")
-
-
-def run_size(size: str, machine: Machine, settings: BenchSettings, *, with_peer: bool) -> Iterator[Figure]:
-    """Yield the figures of one preset."""
-    torch.manual_seed(0)
-    # The port rotates whole heads whatever rotary_dim says; the same here, so that both compute the same function.
-    config = MiniMaxM1Config.preset(size)
-    config = config.replace(rotary_dim=config.head_dim)
-    model = MiniMaxM1ForCausalLM(config)
-    model.init_weights(seed=0)
-    model.eval()
-    twin = transformers_twin(model) if with_peer else None
-    cases = settings.only or CASES
-    rounds = 1 if settings.quick else 3
-    if twin is not None:
-        _check_same(model, twin)
+def run(
+    size: str, model: MiniMaxM1ForCausalLM, twin: Any, machine: Machine, cases: Collection[str], *, quick: bool
+) -> Iterator[Figure]:
+    """Yield the figures of one preset; `twin` None: without a peer."""
+    rounds = 1 if quick else 3
     for case, length in (("prefill-8k", 8192), ("prefill-32k", 32_768)):
         if case in cases:
-            length = length // 16 if settings.quick else length
+            length = length // 16 if quick else length
             yield _prefill(f"{size} {case}", model, twin, length, machine, rounds if length < 30_000 else 1)
     for case, batch_size in (("decode-1", 1), ("decode-8", 8)):
         if case in cases:
@@ -107,15 +41,13 @@ def run_size(size: str, machine: Machine, settings: BenchSettings, *, with_peer:
     if "train" in cases:
         yield _train(f"{size} train 4x512", model, twin, machine, rounds)
     if "decode-context" in cases:
-        far = 2048 if settings.quick else 32_768
+        far = 2048 if quick else 32_768
         near, long = (DecodeOurs(model, 1, n).run(24) for n in (1024, far))
         yield Figure(f"{size} decode, 1k / {far // 1024}k context", "cost x", near / long)
-    del twin
     if "bfloat16" in cases:
         yield from _bfloat16(size, model, rounds)
-    del model
     if "memory-128k" in cases and size == "small":
-        length = 8192 if settings.quick else 131_072
+        length = 8192 if quick else 131_072
         yield Figure(f"{size} prefill {length // 1024}k peak memory", "GB", _peak_memory(size, length) / 1e9)
 
 
@@ -124,7 +56,7 @@ def run_size(size: str, machine: Machine, settings: BenchSettings, *, with_peer:
 
 def _prefill(name: str, model: MiniMaxM1ForCausalLM, twin: Any, length: int, machine: Machine, rounds: int) -> Figure:
     ids = torch.randint(0, model.config.vocab_size, (1, length))
-    seconds = [_interleave(rounds, [lambda: prefill_ours(model, ids[0]), lambda: _prefill_peer(twin, ids)], twin)][0]
+    seconds = [median_seconds(rounds, [lambda: prefill_ours(model, ids[0]), lambda: _prefill_peer(twin, ids)], twin)][0]
     ceiling = length * machine.gemm_flops / prefill_flops(model.config, length)
     return Figure(name, "tok/s", length / seconds[0], twin and length / seconds[1], ceiling)
 
@@ -168,7 +100,7 @@ class DecodeOurs:
         return steps * len(self.slots) / (time.perf_counter() - start)
 
 
-class _DecodePeer:
+class DecodePeer:
     """The same with Transformers. Positions are given, because the port counts them from a layer without keys."""
 
     @torch.inference_mode()
@@ -194,26 +126,26 @@ def _decode(
     name: str, model: MiniMaxM1ForCausalLM, twin: Any, batch_size: int, rounds: int, machine: Machine
 ) -> Figure:
     ours = DecodeOurs(model, batch_size, 512)
-    theirs = _DecodePeer(twin, batch_size, 512) if twin is not None else None
+    theirs = DecodePeer(twin, batch_size, 512) if twin is not None else None
     speeds = [(ours.run(24), theirs.run(12) if theirs else None) for _ in range(rounds + 2)]
     peer = statistics.median(s for _, s in speeds if s is not None) if theirs else None
-    ceiling = batch_size * machine.read_bytes / _bytes_per_step(model.config, batch_size)
+    ceiling = batch_size * machine.read_bytes / bytes_per_step(model, batch_size)
     return Figure(name, "tok/s", statistics.median(s for s, _ in speeds), peer, ceiling)
 
 
-def _bytes_per_step(config: MiniMaxM1Config, batch_size: int) -> float:
-    """Return the float32 weights that a decode step must read, experts as many as random routing would touch."""
-    with torch.device("meta"):
-        model = MiniMaxM1ForCausalLM(config)
+def bytes_per_step(model: MiniMaxM1ForCausalLM, batch_size: int) -> float:
+    """Return the bytes of weights that a decode step must read, experts as many as random routing would touch."""
+    config = model.config
     touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** batch_size
-    sizes = {name: p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name}
-    return 4 * sum(size * (touched if ".experts." in name else 1) for name, size in sizes.items())
+    sizes = {name: p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name}
+    sizes |= {name: w.tiles.nbytes + w.scales.nbytes for name, w in quantized_matrices(model).items()}
+    return sum(size * (touched if ".experts." in name else 1) for name, size in sizes.items())
 
 
 def _train(name: str, model: MiniMaxM1ForCausalLM, twin: Any, machine: Machine, rounds: int) -> Figure:
     ids = torch.randint(0, model.config.vocab_size, (4, 512))
     steps = [_train_step_ours(model, ids)] + ([_train_step_peer(twin, ids)] if twin is not None else [])
-    seconds = _interleave(rounds, steps, twin)
+    seconds = median_seconds(rounds, steps, twin)
     ceiling = ids.numel() * machine.gemm_flops / training_flops(model.config, [512] * 4)
     figure = Figure(name, "tok/s", ids.numel() / seconds[0], twin and ids.numel() / seconds[1], ceiling)
     for net in (model, twin):
@@ -255,7 +187,7 @@ def _bfloat16(size: str, model: MiniMaxM1ForCausalLM, rounds: int) -> Iterator[F
     narrow = MiniMaxM1ForCausalLM(model.config).to(torch.bfloat16).eval()
     narrow.load_state_dict(model.state_dict())
     ids = torch.randint(0, model.config.vocab_size, (4096,))
-    seconds = _interleave(rounds, [lambda: prefill_ours(narrow, ids), lambda: prefill_ours(model, ids)], True)
+    seconds = median_seconds(rounds, [lambda: prefill_ours(narrow, ids), lambda: prefill_ours(model, ids)], True)
     yield Figure(f"{size} bfloat16 prefill-4k", "tok/s", len(ids) / seconds[0], len(ids) / seconds[1])
     for batch_size in (1, 8):
         decoders = DecodeOurs(narrow, batch_size, 512), DecodeOurs(model, batch_size, 512)
@@ -266,7 +198,7 @@ def _bfloat16(size: str, model: MiniMaxM1ForCausalLM, rounds: int) -> Iterator[F
 
 def _peak_memory(size: str, length: int) -> int:
     """Return the peak resident bytes of a process that prefills `length` tokens."""
-    code = f"from minimax_m1.benchmark import prefill_alone; prefill_alone({size!r}, {length})"
+    code = f"from minimax_m1.benchmark.network import prefill_alone; prefill_alone({size!r}, {length})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
@@ -283,7 +215,7 @@ def prefill_alone(size: str, length: int) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
-# -- the peer, the machine, the clock ---------------------------------------------------------------------------------
+# -- the peer ---------------------------------------------------------------------------------------------------------
 
 
 def transformers_twin(model: MiniMaxM1ForCausalLM) -> Any:
@@ -323,61 +255,9 @@ def transformers_twin(model: MiniMaxM1ForCausalLM) -> Any:
 
 
 @torch.inference_mode()
-def _check_same(model: MiniMaxM1ForCausalLM, twin: Any) -> None:
+def check_same(model: MiniMaxM1ForCausalLM, twin: Any) -> None:
     """Stop if the two do not compute the same: their speeds would mean nothing."""
     ids = torch.randint(0, model.config.vocab_size, (1, 300))
     ours, theirs = model(ids).logits, twin(ids).logits
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     assert error < 1e-3, f"our logits and Transformers' differ by {error:.1e}"
-
-
-def _peer_version() -> str | None:
-    try:
-        import transformers
-    except ImportError:
-        print('transformers is not installed (pip install "minimax-m1[test]"): no peer, no ratios', file=sys.stderr)
-        return None
-    transformers.logging.set_verbosity_error()
-    return transformers.__version__
-
-
-def measure_machine() -> Machine:
-    """Measure the float32 matrix product (the best of three sizes) and reading memory, both with all threads."""
-    best = 0.0
-    for n in (1024, 2048, 4096):
-        a, b = torch.randn(n, n), torch.randn(n, n)
-        seconds = _interleave(5, [lambda a=a, b=b: a @ b], None)[0]  # type: ignore[misc]
-        best = max(best, 2 * n**3 / seconds)
-    block = torch.ones(2**27)  # 512 MB, beyond any cache
-    return Machine(best, block.numel() * 4 / _interleave(5, [block.sum], None)[0])
-
-
-def _interleave(rounds: int, functions: list[Callable[[], Any]], has_peer: Any) -> list[float]:
-    """Return the median seconds of each function, run in turn; without a peer only the first runs."""
-    functions = functions if has_peer else functions[:1]
-    seconds: list[list[float]] = [[] for _ in functions]
-    if rounds > 1:
-        for function in functions:
-            function()  # warm-up
-    for _ in range(rounds):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            seconds[i].append(time.perf_counter() - start)
-    return [statistics.median(s) for s in seconds]
-
-
-def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _line(figure: Figure) -> str:
-    ratio = f"{figure.ours / figure.peer:.2f}x" if figure.peer else ""
-    share = f"{100 * figure.ours / figure.ceiling:.0f}%" if figure.ceiling else ""
-    peer = f"{figure.peer:.4g}" if figure.peer else ""
-    return f"{figure.case:30}{figure.unit:>10}{figure.ours:>10.4g}{peer:>10}{ratio:>8}{share:>12}"
