@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MOST_KEPT = 64  # compiled grammars that are kept for the next request
-# Any layout of JSON, but no more white space in one place than a line break with deep indentation: without the bound a
-# model may write spaces until its last token.
-_FREE_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "whitespace_pattern": r"[ \t\r\n]{0,32}"}
+# Between JSON's signs: nothing, a space, or a line break with indentation, which is every layout that programs write.
+# Where any white space is allowed, a small model may write it until its last token.
+_FREE_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "whitespace_pattern": r"( |\n[ \t]{0,40})?"}
 # As the chat template writes calls, which is what the model has seen.
 _TEMPLATE_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

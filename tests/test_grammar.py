@@ -108,6 +108,20 @@ def test_a_json_schema_is_kept(compiler: GrammarCompiler, tokenizer: MiniMaxM1To
     assert all(0 <= size <= 99 for size in value["sizes"])
 
 
+@pytest.mark.parametrize("layout", [{}, {"indent": 4}, {"indent": "\t"}, {"separators": (",", ":")}], ids=str)
+def test_json_may_have_any_layout_that_programs_write(
+    compiler: GrammarCompiler, tokenizer: MiniMaxM1Tokenizer, layout: dict[str, Any]
+) -> None:
+    value = {"name": "a", "kind": "plum", "sizes": [1, 2], "ripe": True}
+    for form in ({"json_schema": SCHEMA}, {"json_object": True}):
+        row = make(compiler, tokenizer, structured(**form))
+        for token in tokenizer.encode(json.dumps(value, **layout)):
+            allowed = row.allowed_ids()
+            assert allowed is not None and allowed[token]
+            row.append(token)
+        assert row.allowed_ids() is not None and np.flatnonzero(row.allowed_ids()).tolist() == [tokenizer.eos_token_id]
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, form=st.sampled_from(["regex", "choice", "grammar", "json_object"]))
 def test_the_other_forms_are_kept(
