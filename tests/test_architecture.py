@@ -86,6 +86,8 @@ def test_kernels_do_not_know_the_config() -> None:
         ".accounting",
         ".tokenizer",
         ".sampling",
+        ".continuation",
+        ".grammar",
         ".tasks",
         ".cli",
     ],
