@@ -23,9 +23,10 @@ from minimax_m1.kernels.linear import linear
 from minimax_m1.kernels.quantized import SCALE_DTYPES, QuantizedWeight
 from minimax_m1.model import Experts, Linear, MiniMaxM1ForCausalLM
 
-ROUNDED_AT_ONCE = 1 << 20  # weights that are rounded at a time, so that the search's tensors stay small
+ROUNDED_AT_ONCE = 1 << 17  # weights that are rounded at a time, so that the search stays in the processor's cache
 # What a 4-bit group's weight of the largest magnitude is tried as, before the scale is fitted to all of the group.
-_TARGETS = (-10.0, -9.2, -8.6, -8.0, -7.5, -7.0, -6.4, -5.8, 6.0, 6.6, 7.1, 7.6)
+# Twelve targets gain 0.4% of the error and take three times as long.
+_TARGETS = (-8.6, -8.0, -7.4, 7.3)
 
 
 # -- rounding -----------------------------------------------------------------------------------------------------

@@ -30,8 +30,6 @@ constexpr float LARGEST = 32512.0f;  // of a rounded x: its upper byte, rounded 
 constexpr int64_t PANEL = 512;       // columns that are taken at a time where many rows pass over them (they stay in L1)
 constexpr int64_t MANY = 192;        // rows of x that pass over a panel (they stay in L2)
 
-typedef uint32_t sums[TILE];
-
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 constexpr int ROWS = 6, BLOCKS = 2;  // rows of x by tiles of N whose sums are kept in registers
 #else
@@ -70,6 +68,13 @@ inline void put(char* to, ivec q) {  // 16 rounded values
     const __m128i u = _mm512_cvtepi32_epi8((__m512i)upper), l = _mm512_cvtepi32_epi8((__m512i)q);  // the lowest byte
     _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi32(u, l));
     _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi32(u, l));
+#elif defined(__AVX2__)
+    __m256i half[2];
+    std::memcpy(half, &q, sizeof q);
+    const __m256i all = _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
+    const int64_t low = 0x0706030205040100, high = low + 0x0808080808080808;
+    const __m256i order = _mm256_set_epi64x(high, low, high, low);
+    _mm256_storeu_si256((__m256i*)to, _mm256_shuffle_epi8(all, order));
 #else
     int16_t out[16];
     for (int i = 0; i < 16; i += 4) {
@@ -163,23 +168,26 @@ inline void multiply(const uint8_t* w, int64_t stride, const char* const* x, int
         for (int b = 0; b < B; b++) total[r][b][0] = total[r][b][1] = _mm256_set1_epi32(starts[r]);
     const __m256i mask = _mm256_set1_epi16(BITS == 8 ? 255 : 15);
     for (int64_t q = 0; q < quads; q += BITS == 8 ? 1 : 2) {
-        for (int b = 0; b < B; b++)
-            for (int half = 0; half < 2; half++) {
-                const uint8_t* p = w + b * stride + 32 * half;
-                if (half == 0) __builtin_prefetch(p + 1024);
-                const __m256i v = _mm256_loadu_si256((const __m256i*)p);
-                for (int part = 0; part < (BITS == 8 ? 1 : 2); part++) {
-                    // columns 0 and 2 of a row of N, then 1 and 3, as 16 bits each
-                    const __m256i even = _mm256_and_si256(part ? _mm256_srli_epi16(v, 4) : v, mask);
-                    const __m256i odd = BITS == 8 || part ? _mm256_srli_epi16(v, BITS == 8 ? 8 : 12)
-                                                          : _mm256_and_si256(_mm256_srli_epi16(v, 8), mask);
-                    for (int r = 0; r < R; r++) {
-                        int32_t x02, x13;
-                        std::memcpy(&x02, x[r] + 8 * (q + part), 4);
-                        std::memcpy(&x13, x[r] + 8 * (q + part) + 4, 4);
+        for (int part = 0; part < (BITS == 8 ? 1 : 2); part++)
+            for (int b = 0; b < B; b++) {
+                const uint8_t* p = w + b * stride;
+                if (part == 0) __builtin_prefetch(p + 1024);
+                __m256i even[2], odd[2];  // columns 0 and 2 of a row of N, then 1 and 3, as 16 bits each
+                for (int half = 0; half < 2; half++) {
+                    const __m256i v = _mm256_loadu_si256((const __m256i*)(p + 32 * half));
+                    even[half] = _mm256_and_si256(part ? _mm256_srli_epi16(v, 4) : v, mask);
+                    odd[half] = _mm256_srli_epi16(v, BITS == 8 || part == 0 ? 8 : 12);
+                    if (BITS == 4 && part == 0) odd[half] = _mm256_and_si256(odd[half], mask);
+                }
+                for (int r = 0; r < R; r++) {
+                    int32_t x02, x13;
+                    std::memcpy(&x02, x[r] + 8 * (q + part), 4);
+                    std::memcpy(&x13, x[r] + 8 * (q + part) + 4, 4);
+                    const __m256i e = _mm256_set1_epi32(x02), o = _mm256_set1_epi32(x13);
+                    for (int half = 0; half < 2; half++) {
                         __m256i& t = total[r][b][half];
-                        t = _mm256_add_epi32(t, _mm256_madd_epi16(even, _mm256_set1_epi32(x02)));
-                        t = _mm256_add_epi32(t, _mm256_madd_epi16(odd, _mm256_set1_epi32(x13)));
+                        t = _mm256_add_epi32(t, _mm256_madd_epi16(even[half], e));
+                        t = _mm256_add_epi32(t, _mm256_madd_epi16(odd[half], o));
                     }
                 }
             }
@@ -194,7 +202,7 @@ inline void multiply(const uint8_t* w, int64_t stride, const char* const* x, int
 template <int BITS, int R, int B>
 inline void multiply(const uint8_t* w, int64_t stride, const char* const* x, int64_t quads, const int32_t* starts,
                      ivec (*out)[B]) {
-    sums total[R][B];
+    uint32_t total[R][B][TILE];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++)
             for (int n = 0; n < TILE; n++) total[r][b][n] = uint32_t(starts[r]);
@@ -217,17 +225,51 @@ inline void multiply(const uint8_t* w, int64_t stride, const char* const* x, int
 
 #endif
 
+// Where the 16 results of row r from n on go. A kernel asks for the place first, long before it writes: the rows lie far
+// apart, so no hardware fetches them in time.
+struct Plain {
+    float* out;
+    int64_t N, stride;  // from row to row
+
+    float* place(int64_t r, int64_t n) const { return out + r * stride + n; }
+    void store(int64_t r, int64_t n, vec v) const {
+        if (n + W <= N)
+            ::store(place(r, n), v);
+        else
+            std::memcpy(place(r, n), &v, sizeof(float) * (N - n));
+    }
+};
+struct Weighted {  // added to the row of the token, times the weight, of pair r
+    float* y;
+    int64_t N, top_k;
+    const int64_t* pairs;
+    const float* weights;
+
+    float* place(int64_t r, int64_t n) const { return y + pairs[r] / top_k * N + n; }
+    void store(int64_t r, int64_t n, vec v) const {
+        float* to = place(r, n);
+        const float weight = weights[pairs[r]];
+        if (n + W <= N)
+            ::store(to, load(to) + v * weight);
+        else
+            for (int64_t i = 0; n + i < N; i++) to[i] = std::fma(v[i], weight, to[i]);
+    }
+};
+
 // Groups [begin, end) of R rows of x by B tiles of N from tile `block` on. `carried` [R][B * TILE]: what earlier groups
-// gave, read unless begin is 0; what these and earlier groups give is written there, or to `store` after the last group.
-template <int BITS, int R, int B, typename Store>
+// gave, read unless begin is 0; what these and earlier groups give is written there, or to `out` after the last group.
+template <int BITS, int R, int B, typename Out>
 inline void micro(const Matrix& m, const Row* x, int64_t block, int64_t begin, int64_t end, float* carried, int64_t row,
-                  const Store& store) {
+                  const Out& out) {
     const int64_t groups = m.groups(), columns = BITS == 8 ? 4 : 8;  // columns of a tile
     const int64_t per_block = (m.K + columns - 1) / columns * 64;
     const uint8_t* w = m.tiles + block * per_block + begin * m.group / columns * 64;
     const char* values[R];
     int32_t starts[R];
     vec total[R][B] = {};
+    if (end == groups)
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < B; b++) __builtin_prefetch(out.place(row + r, (block + b) * TILE), 1);
     for (int r = 0; r < R; r++) {
         values[r] = x[r].x + begin * m.group * 2;
         if (begin > 0)
@@ -237,14 +279,14 @@ inline void micro(const Matrix& m, const Row* x, int64_t block, int64_t begin, i
         const int64_t left = std::min(m.K - g * m.group, m.group);
         const int64_t quads = (left + columns - 1) / columns * (columns / 4);
         for (int r = 0; r < R; r++) starts[r] = x[r].starts[g];
-        ivec out[R][B];
-        multiply<BITS, R, B>(w, per_block, values, quads, starts, out);
+        ivec sums[R][B];
+        multiply<BITS, R, B>(w, per_block, values, quads, starts, sums);
         vec scales[B];
         if (BITS == 4)
             for (int b = 0; b < B; b++) scales[b] = load(m.group_scales + ((block + b) * groups + g) * TILE);
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++) {
-                const vec v = __builtin_convertvector(out[r][b], vec);
+                const vec v = __builtin_convertvector(sums[r][b], vec);
                 total[r][b] += BITS == 8 ? v * x[r].scales[g] : (v * x[r].scales[g]) * scales[b];
             }
         w += m.group / columns * 64;
@@ -253,37 +295,39 @@ inline void micro(const Matrix& m, const Row* x, int64_t block, int64_t begin, i
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) {
             if (end < groups)
-                ::store(carried + (r * B + b) * TILE, total[r][b]);
+                store(carried + (r * B + b) * TILE, total[r][b]);
+            else if (BITS == 8)
+                out.store(row + r, (block + b) * TILE, total[r][b] * load(m.row_scales + (block + b) * TILE));
             else
-                store(row + r, (block + b) * TILE, BITS == 8 ? total[r][b] * load(m.row_scales + (block + b) * TILE) : total[r][b]);
+                out.store(row + r, (block + b) * TILE, total[r][b]);
         }
 }
 
-template <int BITS, int B, typename Store>
+template <int BITS, int B, typename Out>
 inline void some_rows(int64_t R, const Matrix& m, const Row* x, int64_t block, int64_t begin, int64_t end, float* carried,
-                      int64_t row, const Store& store) {
+                      int64_t row, const Out& out) {
     switch (R) {
-        case 1: return micro<BITS, 1, B>(m, x, block, begin, end, carried, row, store);
-        case 2: return micro<BITS, 2, B>(m, x, block, begin, end, carried, row, store);
-        case 3: return micro<BITS, 3, B>(m, x, block, begin, end, carried, row, store);
-        case 4: return micro<BITS, 4, B>(m, x, block, begin, end, carried, row, store);
+        case 1: return micro<BITS, 1, B>(m, x, block, begin, end, carried, row, out);
+        case 2: return micro<BITS, 2, B>(m, x, block, begin, end, carried, row, out);
+        case 3: return micro<BITS, 3, B>(m, x, block, begin, end, carried, row, out);
+        case 4: return micro<BITS, 4, B>(m, x, block, begin, end, carried, row, out);
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
-        case 5: return micro<BITS, 5, B>(m, x, block, begin, end, carried, row, store);
-        case 6: return micro<BITS, 6, B>(m, x, block, begin, end, carried, row, store);
+        case 5: return micro<BITS, 5, B>(m, x, block, begin, end, carried, row, out);
+        case 6: return micro<BITS, 6, B>(m, x, block, begin, end, carried, row, out);
 #endif
     }
 }
 
-// Calls store(r, n, 16 values) for every row r of x and n = 0, 16, ... of the tiles [first, last) of N.
-template <int BITS, typename Store>
-void product(const Matrix& m, const Row* x, int64_t rows, int64_t first, int64_t last, const Store& store) {
+// Every row of x by the tiles [first, last) of N.
+template <int BITS, typename Out>
+void product(const Matrix& m, const Row* x, int64_t rows, int64_t first, int64_t last, const Out& out) {
     const int64_t groups = m.groups(), panel = rows <= ROWS ? groups : std::max<int64_t>(1, PANEL / m.group);
     std::vector<float> carried(panel < groups ? std::min(rows, MANY) * BLOCKS * TILE : 0);
     for (int64_t from = 0; from < rows; from += MANY) {
         const int64_t to = std::min(rows, from + MANY);
         int64_t block = first;
         if (rows == 1)
-            for (; block + 4 <= last; block += 4) micro<BITS, 1, 4>(m, x, block, 0, groups, nullptr, 0, store);
+            for (; block + 4 <= last; block += 4) micro<BITS, 1, 4>(m, x, block, 0, groups, nullptr, 0, out);
         while (block < last) {
             const bool full = block + BLOCKS <= last;
             for (int64_t g = 0; g < groups; g += panel)
@@ -291,20 +335,13 @@ void product(const Matrix& m, const Row* x, int64_t rows, int64_t first, int64_t
                     const int64_t R = std::min<int64_t>(ROWS, to - r), end = std::min(groups, g + panel);
                     float* c = carried.data() + (panel < groups ? (r - from) * BLOCKS * TILE : 0);
                     if (full)
-                        some_rows<BITS, BLOCKS>(R, m, x + r, block, g, end, c, r, store);
+                        some_rows<BITS, BLOCKS>(R, m, x + r, block, g, end, c, r, out);
                     else
-                        some_rows<BITS, 1>(R, m, x + r, block, g, end, c, r, store);
+                        some_rows<BITS, 1>(R, m, x + r, block, g, end, c, r, out);
                 }
             block += full ? BLOCKS : 1;
         }
     }
-}
-
-inline void store_some(float* to, vec v, int64_t count) {
-    if (count >= W)
-        store(to, v);
-    else
-        std::memcpy(to, &v, sizeof(float) * count);
 }
 
 // x [M, K] -> out [M, N].
@@ -324,9 +361,7 @@ void linear(const float* x, const Matrix& m, float* out, int64_t M) {
         for (int64_t p = pieces * id / threads, end = pieces * (id + 1) / threads; p < end;) {
             const int64_t from = p / across * MANY, until = std::min(end, (p / across + 1) * across);
             const int64_t first = p % across * BLOCKS, last = std::min(blocks, first + (until - p) * BLOCKS);
-            product<BITS>(m, &rows[from], std::min(M - from, MANY), first, last, [&](int64_t r, int64_t n, vec v) {
-                store_some(out + (from + r) * N + n, v, N - n);
-            });
+            product<BITS>(m, &rows[from], std::min(M - from, MANY), first, last, Plain{out + from * N, N, N});
             p = until;
         }
     }
@@ -382,9 +417,7 @@ void experts(const float* x, const Matrix& w13, const Matrix& w2, const int64_t*
                     rows[i] = row_at(&x_memory[flat[i] / top_k * x_size], hidden, w13.groups());
                 for (int part = 0; part < 2; part++)  // gate, then up
                     product<BITS>(part_of(w13, p.expert * 2 + part), rows.data(), p.count, first, last,
-                                  [&](int64_t r, int64_t n, vec v) {
-                                      store_some(&h[((p.place + r) * 2 + part) * width + n], v, width - n);
-                                  });
+                                  Plain{&h[(p.place * 2 + part) * width], width, 2 * width});
             }
 #pragma omp barrier
             const int64_t filled = round.back().place + round.back().count;
@@ -397,14 +430,8 @@ void experts(const float* x, const Matrix& w13, const Matrix& w2, const int64_t*
             for (const Piece& p : round) {
                 const int64_t* flat = &chosen[p.expert][p.from];
                 for (int64_t i = 0; i < p.count; i++) rows[i] = row_at(&h_memory[(p.place + i) * h_size], width, w2.groups());
-                product<BITS>(part_of(w2, p.expert), rows.data(), p.count, first, last, [&](int64_t r, int64_t n, vec v) {
-                    float* to = y + flat[r] / top_k * hidden + n;
-                    const float weight = weights[flat[r]];
-                    if (n + W <= hidden)
-                        store(to, load(to) + v * weight);
-                    else
-                        for (int64_t i = 0; n + i < hidden; i++) to[i] = std::fma(v[i], weight, to[i]);
-                });
+                product<BITS>(part_of(w2, p.expert), rows.data(), p.count, first, last,
+                              Weighted{y, hidden, top_k, flat, weights});
             }
 #pragma omp barrier
         }
