@@ -6,7 +6,7 @@ opened.
 
 The count is of the tokens strictly between two: the one that completes `<think>` (or the end of a prompt that opened
 the thinking) and the first that belongs to the close. The close is `</think>`, with the newline before it if that is a
-token of its own. So forcing the close `\\n</think>\\n\\n` adds nothing to the count.
+token of its own. So forcing the close adds nothing to the count.
 """
 
 from __future__ import annotations
@@ -95,13 +95,15 @@ class Thinking:
 
 
 def close_ids(thinking: Thinking, tokenizer: MiniMaxM1Tokenizer) -> list[int]:
-    """Return the tokens that close the thinking now: `\\n</think>\\n\\n`, or the rest of a `</think>` that has begun.
+    """Return the tokens that close the thinking now: `tokenizer.thinking_close`, less what of `</think>` has begun.
 
     A lone `<` is not taken for the beginning: it is mostly a sign of comparison.
     """
     closing = thinking.closing
-    text = CLOSE[len(closing) :] if len(closing) > 1 else b"\n" + CLOSE
-    return tokenizer.encode(text.decode() + "\n\n", allow_special=False)
+    text = tokenizer.thinking_close
+    if len(closing) > 1:
+        text = text[text.index(CLOSE.decode()) + len(closing) :]
+    return tokenizer.encode(text, allow_special=False)
 
 
 def opens_thinking(prompt_ids: Sequence[int], tokenizer: MiniMaxM1Tokenizer) -> bool:

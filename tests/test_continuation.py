@@ -258,7 +258,7 @@ def test_settings_do_not_leak_between_rows_of_a_batch(model: MiniMaxM1ForCausalL
         assert alone.output_ids == together.output_ids and alone.finish_reason == together.finish_reason
         assert alone.text == together.text
     assert rows[0].reasoning_tokens == 0 and rows[1].reasoning_tokens == 5
-    close = tokenizer.encode("\n</think>\n\n")
+    close = tokenizer.encode(tokenizer.thinking_close)
     assert rows[0].output_ids[: len(close)] == close and rows[1].output_ids[5 : 5 + len(close)] == close
     again = generate_batch(model, [think, [66, *think]], params[1], tokenizer=tokenizer)
     assert all(row[5 : 5 + len(close)] == close for row in again)

@@ -37,7 +37,9 @@ PIECES = st.sampled_from(
 def tokenizer() -> MiniMaxM1Tokenizer:
     """Trained so that tokens hold markup in many divisions, as M1's do."""
     texts = ["<think>\n one </think>\n\n two", "a </think> b", "thin </ think > x<y", "one two one two"] * 3
-    return train_tokenizer(texts, vocab_size=300)
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    tokenizer.thinking_close = FORCED  # M1's own, of which a part may have begun
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_the_budget_is_exact_for_any_output(
     said = b"".join(tokens[: len(opening) + budget]) if same is None or same >= len(opening) else b""
     if not any(said.endswith(CLOSE[:size]) for size in range(2, len(CLOSE))):
         assert count == budget
-        assert row.output_ids[len(opening) + budget :][: len(tokenizer.encode(FORCED))] == tokenizer.encode(FORCED)
+        assert row.output_ids[len(opening) + budget :][: len(tokenizer.encode(tokenizer.thinking_close))] == tokenizer.encode(tokenizer.thinking_close)
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -189,7 +191,7 @@ def test_eos_ends_the_thinking_and_the_output(tokenizer: MiniMaxM1Tokenizer) -> 
 
 def test_max_new_tokens_may_end_the_forced_close(tokenizer: MiniMaxM1Tokenizer) -> None:
     row = write(tokenizer, 3, [97] * 50, is_open=True, room=4)
-    assert row.finish_reason == "length" and row.output_ids == [97, 97, 97, tokenizer.encode(FORCED)[0]]
+    assert row.finish_reason == "length" and row.output_ids == [97, 97, 97, tokenizer.encode(tokenizer.thinking_close)[0]]
     assert row.forced_ids == []
 
 

@@ -37,6 +37,7 @@ _DEFAULT_SETTINGS: dict[str, Any] = {
     "bos_token": BOS_TOKEN,
     "clean_up_tokenization_spaces": False,
     "eos_token": EOS_TOKEN,
+    "thinking_close": "\n</think>\n\n",  # as M1 was trained
     "unk_token": UNK_TOKEN,
 }
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(byte_characters())}
@@ -46,6 +47,7 @@ class MiniMaxM1Tokenizer:
     """A byte-level BPE tokenizer with M1's special tokens and chat format.
 
     `bos_token_id`, `eos_token_id`, `pad_token_id`, `unk_token_id` and the strings `bos_token`, … are attributes.
+    `thinking_close` is what a model is made to write when its thinking has to end, in the layout that it was trained on.
     Nothing is added to a text, neither bos nor eos. Safe to share between threads.
     """
 
@@ -75,6 +77,11 @@ class MiniMaxM1Tokenizer:
         self.eos_token, self.eos_token_id = self._named_special("eos_token")
         self.pad_token, self.pad_token_id = self._named_special("pad_token")
         self.unk_token, self.unk_token_id = self._named_special("unk_token")
+        self.thinking_close = self.settings["thinking_close"]
+        if not isinstance(self.thinking_close, str) or "</think>" not in self.thinking_close:
+            raise UserError(
+                f"tokenizer_config.json: thinking_close = {self.thinking_close!r}: accepted is a text with </think>"
+            )
 
     def _named_special(self, name: str) -> tuple[str, int]:
         token = self.settings[name]

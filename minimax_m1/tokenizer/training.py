@@ -46,4 +46,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> MiniMaxM1Tokenizer
     backend = build_backend(merges, SINGLE_DIGIT_SPLIT)
     first_added_id = backend.get_vocab_size()
     added_tokens = {token: first_added_id + offset for offset, token in enumerate(TRAINED_ADDED_TOKENS)}
-    return MiniMaxM1Tokenizer(backend, added_tokens)
+    settings = {"thinking_close": "\n</think>\n"}  # as the chat template lays out what a model is trained on
+    return MiniMaxM1Tokenizer(backend, added_tokens, settings)

@@ -152,3 +152,12 @@ def test_trained_tokenizer_has_the_promised_ids() -> None:
 def test_import_does_not_load_torch() -> None:
     code = "import sys, minimax_m1.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_close_of_the_thinking_is_the_checkpoints_own(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two"], vocab_size=280)
+    assert tokenizer.thinking_close == "\n</think>\n"  # the chat template's layout
+    tokenizer.save_pretrained(tmp_path)
+    assert MiniMaxM1Tokenizer.from_pretrained(tmp_path).thinking_close == "\n</think>\n"
+    with pytest.raises(UserError, match="thinking_close"):
+        MiniMaxM1Tokenizer(tokenizer._backend, tokenizer.added_tokens, {"thinking_close": "stop"})
