@@ -84,11 +84,11 @@ class Runner:
         if not drawing:
             return kept
         logits = self.model.compute_logits(hidden[rows], self.backend, num_decodes=len(rows))
-        place = 0
+        everyone, place = list(range(len(rows))), 0
         while drawing:
             at = [row + place for _, row in drawing]
             continuations = [sequence.continuation for sequence, _ in drawing]
-            choices = choose_tokens(logits[at], continuations, self.forbidden)
+            choices = choose_tokens(logits if at == everyone else logits[at], continuations, self.forbidden)
             going_on = []
             for (sequence, row), choice in zip(drawing, choices, strict=True):
                 sequence.continuation.append(*choice)
@@ -148,12 +148,12 @@ class Runner:
         assert top is not None
         if not found:
             found.append(None)  # nothing is before the first token
-        for i in range(0, hidden.shape[0], LOGPROB_ROWS):
-            start = sequence.computed + i + 1
-            following = sequence.prompt_ids[start : sequence.computed + min(i + LOGPROB_ROWS, hidden.shape[0]) + 1]
-            if following and start == len(found):
-                logits = self.model.compute_logits(hidden[i : i + len(following)], self.backend, num_decodes=0)
-                found += prompt_logprobs(logits, following, top, self.forbidden)
+        first, ahead = len(found), sequence.computed + hidden.shape[0] + 1
+        for start in range(max(first, sequence.computed + 1), min(ahead, len(sequence.prompt_ids)), LOGPROB_ROWS):
+            following = sequence.prompt_ids[start : min(start + LOGPROB_ROWS, ahead)]
+            row = start - 1 - sequence.computed  # what token `start` is predicted from
+            logits = self.model.compute_logits(hidden[row : row + len(following)], self.backend, num_decodes=0)
+            found += prompt_logprobs(logits, following, top, self.forbidden)
 
 
 def _slot(sequence: Sequence) -> int:

@@ -1,7 +1,8 @@
 """The scheduler: which sequences run in the next step, and with how many tokens each.
 
 Decoding sequences come first, for they are what somebody reads; prompts share what is left of the token budget, in
-chunks. Who came first goes first, and who came last is preempted first: its pages go, and it is computed anew later.
+chunks. Who came first is let in first, and who was let in last is preempted first: its pages go, and it is computed
+anew later.
 """
 
 from __future__ import annotations
@@ -72,21 +73,42 @@ class Scheduler:
         budget = self.max_num_tokens
         preemptions = self.num_preemptions
         decodes: list[Chunk] = []
-        prefills: list[Chunk] = []
         for sequence in [s for s in self.running if s.decodes]:
             chunk = self._decode_chunk(sequence, budget)
             if chunk is not None:
                 decodes.append(chunk)
                 budget -= len(chunk.token_ids)
-        for sequence in [s for s in self.running if not s.decodes]:
-            budget -= self._schedule_prefill(sequence, budget, prefills)
-        while self.waiting and budget > 0 and self.num_preemptions == preemptions and self._admit(self.waiting[0]):
+        if self.num_preemptions == preemptions:
+            self._admit_waiting(budget)
+        decodes = [chunk for chunk in decodes if chunk.sequence.slot is not None]
+        return Step(decodes, self._schedule_prefills(budget))
+
+    def _admit_waiting(self, budget: int) -> None:
+        """Let sequences in, as long as there is room and they would get something of the budget."""
+        pending = sum(s.num_tokens - s.computed for s in self.running if not s.decodes)
+        while self.waiting and pending < budget and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            if sequence.decodes:  # swapped in: it goes on in the next step
-                continue
-            budget -= self._schedule_prefill(sequence, budget, prefills)
-        return Step([c for c in decodes if c.sequence.slot is not None], prefills)
+            pending += 0 if sequence.decodes else sequence.num_tokens - sequence.computed
+
+    def _schedule_prefills(self, budget: int) -> list[Chunk]:
+        """Share the budget between prompts: half of it to the short ones first, what is left to the oldest.
+
+        So a prompt of a million tokens goes on at every step, and a short one does not wait for its end.
+        """
+        prompts = [s for s in self.running if not s.decodes]
+        if not prompts:
+            return []
+        oldest, *others = prompts
+        chunks = []
+        share = budget // 2
+        for sequence in sorted(others, key=lambda s: s.num_tokens - s.computed):
+            chunk = self._prefill_chunk(sequence, share)
+            if chunk is not None:
+                chunks.append(chunk)
+                share -= len(chunk.token_ids)
+        chunk = self._prefill_chunk(oldest, budget - sum(len(c.token_ids) for c in chunks))
+        return chunks if chunk is None else [chunk, *chunks]
 
     def _decode_chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
         """One row, and drafts behind it; None if there is no room, or the sequence had to give way."""
@@ -100,21 +122,16 @@ class Scheduler:
             return None
         return Chunk(sequence, sequence.computed, [sequence.continuation.output_ids[-1], *drafts], len(drafts))
 
-    def _schedule_prefill(self, sequence: Sequence, budget: int, prefills: list[Chunk]) -> int:
-        """Append the next chunk of a prompt, if there is room; return its tokens.
+    def _prefill_chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
+        """The next chunk of a prompt, whose pages it has had since it was admitted; None if the budget is too small.
 
-        A chunk ends at a page boundary unless it ends the prompt, and at every checkpoint.
+        It ends at a page boundary unless it ends the prompt, and at every checkpoint.
         """
-        if sequence.slot is None:
-            return 0
         start, end = sequence.computed, sequence.num_tokens
         stop = min(end, start + budget, *sequence.checkpoints[:1])
         if stop < end:
             stop = stop // PAGE_SIZE * PAGE_SIZE
-        if stop <= start or not self._make_room(sequence, stop):
-            return 0
-        prefills.append(Chunk(sequence, start, sequence.tokens(start, stop)))
-        return stop - start
+        return Chunk(sequence, start, sequence.tokens(start, stop)) if stop > start else None
 
     # -- room -----------------------------------------------------------------------------------------------------
 

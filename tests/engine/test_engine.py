@@ -130,6 +130,44 @@ def test_prefix_hit_gives_the_bits_of_a_miss(loaded, engine):
     assert other.logprobs == fresh.generate([system + [9] * 50], params)[0].logprobs
 
 
+def test_prompt_logprobs_are_those_of_the_whole_prompt_at_once(engine):
+    ids = engine.tokenizer.encode("pear apple plum quince. " * 20)
+    params = SamplingParams(max_new_tokens=2, temperature=0.0, prompt_logprobs=2, n=2)
+    engine.generate([ids], GREEDY)  # a cached prefix must not leave a gap
+    for result in engine.generate([ids], params):
+        assert result.usage.cached_tokens == 0 and result.prompt_logprobs[0] is None
+        logits = engine.model(torch.tensor([ids])).logits[0]
+        expected = logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        found = torch.tensor([entry.logprob for entry in result.prompt_logprobs[1:]])
+        assert [entry.token for entry in result.prompt_logprobs[1:]] == ids[1:]
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_preempted_prompt_keeps_its_logprobs(tiny_checkpoint):
+    engine = Engine.from_pretrained(tiny_checkpoint, max_batch_size=2, cache_bytes=1 << 20)
+    ids = [5] * 700
+    params = SamplingParams(max_new_tokens=2, temperature=0.0, prompt_logprobs=0)
+    expected = engine.generate([ids], params)[0].prompt_logprobs
+    engine.scheduler.max_num_tokens = 320
+    engine.add(ids, params)
+    engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    engine.scheduler.max_num_tokens = 500  # chunks end elsewhere now
+    assert drain(engine)[-1].result.prompt_logprobs == expected
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_checkpoint):
+    engine = Engine.from_pretrained(tiny_checkpoint, max_batch_size=4, cache_bytes=8 << 20, max_num_tokens=256)
+    long, short = engine.add([5] * 3000, GREEDY), engine.add([6] * 20, GREEDY)
+    order = [delta.request_id for delta in drain(engine) if delta.result is not None]
+    assert order == [short, long]
+    engine.add([5] * 3000, GREEDY)  # and a long one goes on beside many short ones
+    for i in range(40):
+        engine.add([7] * (100 + i), SamplingParams(max_new_tokens=1))
+    lengths = [len(delta.result.prompt_ids) for delta in drain(engine) if delta.result is not None]
+    assert lengths.index(3000) < 40
+
+
 def test_expert_threshold_of_one_request_leaves_the_others_alone(engine):
     plain = SamplingParams(max_new_tokens=8, temperature=0.0, logprobs=1)
     frugal = SamplingParams(max_new_tokens=8, temperature=0.0, logprobs=1, expert_threshold=0.3)
