@@ -163,6 +163,25 @@ def test_experts(group_size, tokens, width, hidden):
     assert relative_error(expert_mlp(x, w13, w2, ids, weights, backend="torch"), expected) < KERNEL[torch.float32]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_library")
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_experts_in_rounds(group_size):
+    """So wide that the activations of all pairs are not held at once, and one expert's rows are divided."""
+    tokens, width, hidden = 150, 40_000, 8
+    w13 = random_weight(3, 2, width, hidden, group_size=group_size)
+    w2 = random_weight(3, hidden, width, group_size=group_size, seed=3)
+    x, weights = torch.randn(tokens, hidden), torch.rand(tokens, 2) + 0.5
+    ids = torch.tensor([[0, 2]]).repeat(tokens, 1)
+    ids[:5, 1] = 1
+    actual = expert_mlp(x, w13, w2, ids, weights, backend="compiled")
+    expected = expert_mlp(x.double(), w13, w2, ids, weights.double(), backend="reference")
+    assert relative_error(actual, expected) < EXPERTS
+    for t in (0, 3, 100, 149):
+        alone = expert_mlp(x[t : t + 1], w13, w2, ids[t : t + 1], weights[t : t + 1], backend="compiled")
+        assert torch.equal(alone[0], actual[t])
+
+
 @pytest.mark.usefixtures("with_library")
 @pytest.mark.parametrize("group_size", [None, 64])
 def test_threads_do_not_change_a_bit(group_size):

@@ -29,6 +29,7 @@ constexpr int TILE = 16;             // rows of N that lie together
 constexpr float LARGEST = 32512.0f;  // of a rounded x: its upper byte, rounded to nearest, is then at most 127
 constexpr int64_t PANEL = 512;       // columns that are taken at a time where many rows pass over them (they stay in L1)
 constexpr int64_t MANY = 192;        // rows of x that pass over a panel (they stay in L2)
+constexpr int64_t FEW = 1 << 13;     // values whose rounding is not divided among threads: waiting for all costs as much
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 constexpr int ROWS = 6, BLOCKS = 2;  // rows of x by tiles of N whose sums are kept in registers
@@ -351,10 +352,15 @@ void linear(const float* x, const Matrix& m, float* out, int64_t M) {
     const std::unique_ptr<char[]> memory(new char[M * size]);  // not filled with zeros first, as a vector would be
     std::vector<Row> rows(M);
     for (int64_t i = 0; i < M; i++) rows[i] = row_at(&memory[i * size], K, groups);
+    const auto round = [&](int64_t i) { round_row(x + i * K, K, m.group, BITS == 8 ? 128 : 8, &memory[i * size]); };
+    if (M * K <= FEW)
+        for (int64_t i = 0; i < M; i++) round(i);
 #pragma omp parallel if (M * N * K > PARALLEL)
     {
+        if (M * K > FEW) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < M; i++) round_row(x + i * K, K, m.group, BITS == 8 ? 128 : 8, &memory[i * size]);
+            for (int64_t i = 0; i < M; i++) round(i);
+        }
         // pieces of MANY rows by BLOCKS tiles, divided among the threads in one line
         const int64_t across = (blocks + BLOCKS - 1) / BLOCKS, pieces = (M + MANY - 1) / MANY * across;
         int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
@@ -402,13 +408,22 @@ void experts(const float* x, const Matrix& w13, const Matrix& w2, const int64_t*
     const std::unique_ptr<float[]> h(new float[space * 2 * width]);
     const int64_t x_size = row_size(hidden, w13.groups()), h_size = row_size(width, w2.groups());
     const std::unique_ptr<char[]> x_memory(new char[tokens * x_size]), h_memory(new char[space * h_size]);
+    const int32_t added = BITS == 8 ? 128 : 8;
+    const auto round_x = [&](int64_t t) { round_row(x + t * hidden, hidden, w13.group, added, &x_memory[t * x_size]); };
+    const bool few = pairs * width <= FEW;  // then every thread makes all of the second product's rows for itself
+    if (tokens * hidden <= FEW)
+        for (int64_t t = 0; t < tokens; t++) round_x(t);
 #pragma omp parallel if (pairs * 3 * width * hidden > PARALLEL)
     {
         const int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
         std::vector<Row> rows(space);
+        std::vector<float> gate(few ? width : 0);
+        std::vector<char> own(few ? space * h_size : 0);
+        const char* h_rows = few ? own.data() : h_memory.get();
+        if (tokens * hidden > FEW) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            round_row(x + t * hidden, hidden, w13.group, BITS == 8 ? 128 : 8, &x_memory[t * x_size]);
+            for (int64_t t = 0; t < tokens; t++) round_x(t);
+        }
         for (const auto& round : rounds) {
             int64_t first = w13.blocks() * id / threads, last = w13.blocks() * (id + 1) / threads;
             for (const Piece& p : round) {
@@ -421,19 +436,29 @@ void experts(const float* x, const Matrix& w13, const Matrix& w2, const int64_t*
             }
 #pragma omp barrier
             const int64_t filled = round.back().place + round.back().count;
+            if (few) {
+                for (int64_t i = 0; i < filled; i++) {
+                    std::memcpy(gate.data(), &h[i * 2 * width], sizeof(float) * width);
+                    silu_times(gate.data(), &h[(i * 2 + 1) * width], 0, width);
+                    round_row(gate.data(), width, w2.group, added, &own[i * h_size]);
+                }
+            } else {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < filled; i++) {
-                silu_times(&h[i * 2 * width], &h[(i * 2 + 1) * width], 0, width);
-                round_row(&h[i * 2 * width], width, w2.group, BITS == 8 ? 128 : 8, &h_memory[i * h_size]);
+                for (int64_t i = 0; i < filled; i++) {
+                    silu_times(&h[i * 2 * width], &h[(i * 2 + 1) * width], 0, width);
+                    round_row(&h[i * 2 * width], width, w2.group, added, &h_memory[i * h_size]);
+                }
             }
             first = w2.blocks() * id / threads, last = w2.blocks() * (id + 1) / threads;
             for (const Piece& p : round) {
                 const int64_t* flat = &chosen[p.expert][p.from];
-                for (int64_t i = 0; i < p.count; i++) rows[i] = row_at(&h_memory[(p.place + i) * h_size], width, w2.groups());
+                for (int64_t i = 0; i < p.count; i++) rows[i] = row_at(h_rows + (p.place + i) * h_size, width, w2.groups());
                 product<BITS>(part_of(w2, p.expert), rows.data(), p.count, first, last,
                               Weighted{y, hidden, top_k, flat, weights});
             }
+            if (&round != &rounds.back()) {  // the next round writes over these activations
 #pragma omp barrier
+            }
         }
     }
 }
