@@ -32,7 +32,15 @@ typedef int32_t ireg __attribute__((vector_size(4 * L)));
 inline reg get(const float* p) { reg v; std::memcpy(&v, p, sizeof v); return v; }
 inline void put(float* p, reg v) { std::memcpy(p, &v, sizeof v); }
 inline reg all(float x) { const reg zero = {}; return x - zero; }  // 0 + x would cost an addition: it changes -0
-inline reg larger(reg a, reg b) { return a > b ? a : b; }  // b where either is NaN
+inline reg larger(reg a, reg b) {  // b where either is NaN
+#if defined(__AVX512F__)
+    return (reg)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (reg)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 inline bool any_above(reg v, float limit) {
 #if defined(__AVX512F__)
@@ -162,11 +170,19 @@ inline void transpose_8x8(const float* x, int64_t ldx, float* out, int64_t ldo) 
 
 constexpr int64_t PAGE = 64;  // tokens; also the block of lightning attention
 
-// out [D][PAGE] = the transpose of x [count][D], count <= PAGE; the other columns of out are left alone.
-inline void transpose(const float* x, int64_t ldx, int64_t count, int64_t D, float* out) {
+// Asks for memory [from, to) that will be read soon. Little at a time: a core waits for few lines at once, and what
+// comes after too many requests waits with them.
+inline void fetch(const float* from, const float* to) {
+    for (; from < to; from += 16) __builtin_prefetch(from, 0, 2);
+}
+
+// out [D][PAGE] = the transpose of x [count][D], count <= PAGE; the other columns of out are left alone. On the way it
+// fetches what lies `ahead` floats behind x, where rows follow each other like those of x.
+inline void transpose(const float* x, int64_t ldx, int64_t count, int64_t D, float* out, int64_t ahead) {
     int64_t j = 0;
 #ifdef __AVX__
     for (; j + 8 <= count; j += 8) {
+        for (int64_t i = j; i < j + 8; i++) fetch(x + ahead + i * ldx, x + ahead + i * ldx + D);
         int64_t d = 0;
         for (; d + 8 <= D; d += 8) transpose_8x8(x + j * ldx + d, ldx, out + d * PAGE + j, PAGE);
         for (; d < D; d++)
@@ -228,9 +244,10 @@ inline void weigh(float* scores, float* top, float* lanes, float* sums, int64_t 
         put(lanes, get(lanes) * factor);
         *top = t;
     }
+    const reg relative = all(*top);
     reg sum = get(lanes);
     for (int c = 0; c < C; c++) {
-        x[c] = power_of_two(x[c] - *top);
+        x[c] = power_of_two(x[c] - relative);
         if (MASKED) x[c] = (reg)((ireg)x[c] & seen[c]);
         put(scores + c * L, x[c]);
         sum += x[c];
@@ -259,22 +276,20 @@ void attend(const Attention& a, const Task& t, const Work& w, int64_t padded) {
         const float *keys = a.keys + at, *values = a.values + at;
         const int64_t filled = std::min(PAGE, end + t.tokens - 1 - start);
         const int64_t next = page + 1 < t.end_page ? (t.group * a.pages + table[page + 1]) * PAGE * D : at;
-        transpose(keys, D, filled, D, w.keys);
+        transpose(keys, D, filled, D, w.keys, next - at);
         if (padded != D) {
             for (int64_t j = 0; j < filled; j++) std::memcpy(w.values + j * padded, values + j * D, sizeof(float) * D);
             values = w.values;
         }
-        int64_t fetched = 0;
+        const float* values_next = a.values + next;
         for (int64_t r = 0; r < rows; r += HIGH) {
-            for (const int64_t until = PAGE * D * std::min(r + HIGH, rows) / rows; fetched < until; fetched += 16) {
-                __builtin_prefetch(a.keys + next + fetched, 0, 2);
-                __builtin_prefetch(a.values + next + fetched, 0, 2);
-            }
             const int64_t n = std::min<int64_t>(HIGH, rows - r);
             const int64_t first = end + r / R, last = end + (r + n - 1) / R;  // ends of the first and of the last row
             const int64_t count = std::min(PAGE, last - start);
             if (count <= 0 || (a.window && first - a.window >= start + PAGE)) continue;
+            fetch(values_next + r * PAGE * D / rows, values_next + (r + n / 2) * PAGE * D / rows);
             multiply(n, w.q + r * D, D, w.keys, PAGE, D, w.scores, PAGE, 0, PAGE);
+            fetch(values_next + (r + n / 2) * PAGE * D / rows, values_next + (r + n) * PAGE * D / rows);
             const bool whole = first - start >= PAGE && (!a.window || last - a.window <= start);
             for (int64_t i = 0; i < n; i++) {
                 float *scores = w.scores + i * PAGE, *top = w.tops + r + i;
@@ -462,7 +477,7 @@ void lightning_prefill(const Lightning& a) {
             for (int64_t t = a.starts[n] - base; t < a.starts[n + 1] - base; t += PAGE) {
                 const int64_t count = std::min<int64_t>(PAGE, a.starts[n + 1] - base - t);
                 const int64_t at = t * a.row + h * a.head;
-                transpose(a.k + at, a.row, count, D, keys);
+                transpose(a.k + at, a.row, count, D, keys, PAGE * a.row);
                 for (int64_t p = 0; p < count; p++) {
                     const float* from = a.q + at + p * a.row;
                     std::memcpy(values + p * padded, a.v + at + p * a.row, sizeof(float) * D);
