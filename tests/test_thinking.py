@@ -140,7 +140,9 @@ def test_the_budget_is_exact_for_any_output(
     said = b"".join(tokens[: len(opening) + budget]) if same is None or same >= len(opening) else b""
     if not any(said.endswith(CLOSE[:size]) for size in range(2, len(CLOSE))):
         assert count == budget
-        assert row.output_ids[len(opening) + budget :][: len(tokenizer.encode(tokenizer.thinking_close))] == tokenizer.encode(tokenizer.thinking_close)
+        assert row.output_ids[len(opening) + budget :][
+            : len(tokenizer.encode(tokenizer.thinking_close))
+        ] == tokenizer.encode(tokenizer.thinking_close)
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -191,7 +193,12 @@ def test_eos_ends_the_thinking_and_the_output(tokenizer: MiniMaxM1Tokenizer) -> 
 
 def test_max_new_tokens_may_end_the_forced_close(tokenizer: MiniMaxM1Tokenizer) -> None:
     row = write(tokenizer, 3, [97] * 50, is_open=True, room=4)
-    assert row.finish_reason == "length" and row.output_ids == [97, 97, 97, tokenizer.encode(tokenizer.thinking_close)[0]]
+    assert row.finish_reason == "length" and row.output_ids == [
+        97,
+        97,
+        97,
+        tokenizer.encode(tokenizer.thinking_close)[0],
+    ]
     assert row.forced_ids == []
 
 

@@ -45,8 +45,8 @@ def run(
 
 
 def quantized(model: MiniMaxM1ForCausalLM, name: str) -> MiniMaxM1ForCausalLM:
-    """Return a quantized copy of a network."""
-    copy = MiniMaxM1ForCausalLM(model.config)
+    """Return a quantized copy of a network; what is not quantized is in bfloat16, as in the official checkpoint."""
+    copy = MiniMaxM1ForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     quantize_model(copy, QuantizationConfig.parse(name))
     return copy.eval()

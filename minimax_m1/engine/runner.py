@@ -110,15 +110,18 @@ class Runner:
         if wrong:
             roll_back(self.model, self.cache, batch, wrong, self._states_before)
         bounds = batch.cu_seqlens.tolist()
+        logged = []
         for i, chunk in enumerate(step.chunks):
             sequence = chunk.sequence
             rows = slice(bounds[i], bounds[i] + kept[i])
+            known = min(kept[i], max(0, sequence.routed - sequence.computed))
+            logged.append((sequence.routing, rows.start + known, rows.stop))
             if sequence.params.prompt_logprobs is not None:
                 self._add_prompt_logprobs(sequence, hidden[rows])
             sequence.computed += kept[i]
+            sequence.routed = max(sequence.routed, sequence.computed)
             if sequence.checkpoints and sequence.computed == sequence.checkpoints[0]:
                 self._take_checkpoint(sequence)
-        logged = [(c.sequence.routing, bounds[i], bounds[i] + kept[i]) for i, c in enumerate(step.chunks)]
         record_routing(routings, logged, self.totals)
 
     def _fork_siblings(self, sequence: Sequence) -> list[Sequence]:

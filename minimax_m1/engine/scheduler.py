@@ -153,7 +153,8 @@ class Scheduler:
     def _begin(self, sequence: Sequence, slot: int) -> bool:
         prompt, position = sequence.prompt_ids, 0
         if self.prefix_cache is not None and sequence.uses_prefix_cache:
-            match = self.prefix_cache.match(prompt, sequence.salt)
+            match = self.prefix_cache.match(prompt, sequence.salt, peek=sequence.was_looked_up)
+            sequence.was_looked_up = True
             if match is not None:
                 position = match.position
                 self.cache.share_prefix(slot, match.pages, match.states)

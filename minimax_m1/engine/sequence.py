@@ -31,6 +31,8 @@ class Sequence:
     checkpoints: list[int] = field(default_factory=list)  # positions still ahead where a prefill stops
     siblings: list[Sequence] = field(default_factory=list)  # other samples, forked from this one behind its prompt
     reported: int = 0  # tokens of the output that a delta has given out
+    routed: int = 0  # tokens that the routing log has; what is computed anew does not count again
+    was_looked_up: bool = False  # in the prefix cache, which counts a request once
     was_admitted: bool = False
     paused: bool = False
     saved: SequenceState | Path | None = None  # its state while it is swapped out

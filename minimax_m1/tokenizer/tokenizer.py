@@ -47,7 +47,7 @@ class MiniMaxM1Tokenizer:
     """A byte-level BPE tokenizer with M1's special tokens and chat format.
 
     `bos_token_id`, `eos_token_id`, `pad_token_id`, `unk_token_id` and the strings `bos_token`, … are attributes.
-    `thinking_close` is what a model is made to write when its thinking has to end, in the layout that it was trained on.
+    `thinking_close` is what a model is made to write when its thinking has to end, laid out as in its training.
     Nothing is added to a text, neither bos nor eos. Safe to share between threads.
     """
 

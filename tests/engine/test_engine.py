@@ -156,6 +156,18 @@ def test_a_preempted_prompt_keeps_its_logprobs(tiny_checkpoint):
     assert drain(engine)[-1].result.prompt_logprobs == expected
 
 
+def test_a_preempted_sequence_is_counted_once(tiny_checkpoint):
+    engine = Engine.from_pretrained(tiny_checkpoint, max_batch_size=2, cache_bytes=1 << 20, routing_log=True)
+    name = engine.add([5] * 300, GREEDY)
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    result = drain(engine)[-1].result
+    assert result.request_id == name and len(result.token_ids) == 12
+    assert result.routing.num_tokens == engine.routing.num_tokens == 300 + 12 - 1  # the last token has not run
+    assert engine.prefix_cache.stats.queries == 1
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_checkpoint):
     engine = Engine.from_pretrained(tiny_checkpoint, max_batch_size=4, cache_bytes=8 << 20, max_num_tokens=256)
     long, short = engine.add([5] * 3000, GREEDY), engine.add([6] * 20, GREEDY)
