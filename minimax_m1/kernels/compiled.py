@@ -27,7 +27,10 @@ _ARGUMENTS = {  # p pointer, n int64, f float32
     "linear_int4": "ppppnnnn",
     "experts_int8": "ppppppppnnnnn",
     "experts_int4": "ppppppppnnnnnn",
-    "rms_norm_f32": "pppnnf",
+    "rms_norm_f32": "ppppnnf",
+    "rms_norm_bf16": "ppppnnf",
+    "rotate_append_f32": "ppppppppnnnnnn",
+    "route_f32": "ppppnnn",
     "attention_decode_f32": "ppppppppnnnnnnnnn",
     "attention_prefill_f32": "ppppppppnnnnnnnnn",
     "lightning_decode_f32": "ppppppppnnnnn",
@@ -119,14 +122,46 @@ def quantized_experts(
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x · rsqrt(mean(x²) + eps) · weight for x [..., K] and weight [K], both float32."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """Return x · rsqrt(mean(x²) + eps) · weight, and times sigmoid(gate) where there is one.
+
+    x and gate [..., K] float32, weight [K] float32 or bfloat16; the result float32.
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
-    assert library is not None
+    assert library is not None and (gate is None or (gate.is_contiguous() and gate.shape == x.shape))
+    function = library.rms_norm_f32 if weight.dtype == torch.float32 else library.rms_norm_bf16
     size = weight.shape[0]
-    library.rms_norm_f32(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+    pointer = None if gate is None else gate.data_ptr()
+    function(x.data_ptr(), weight.data_ptr(), pointer, out.data_ptr(), x.numel() // size, size, eps)
     return out
+
+
+def rotate_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, token_rows: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Rotate q in place, and write k, rotated, and v into their pages: what `rotate` and `HybridCache.append` do.
+
+    q [T, H, D], k and v [T, G, D], cos and sin [T, 1, rotary_dim / 2], keys and values [G, pages, PAGE_SIZE, D], all
+    float32 and contiguous; token_rows [T] int64: where each token's key lies, page PAGE_SIZE + place in the page.
+    """
+    assert library is not None
+    tensors = (q, k, v, cos, sin, token_rows, keys, values)
+    assert all(x.is_contiguous() for x in tensors)
+    groups, pages, page_size, head_dim = keys.shape
+    pointers = (x.data_ptr() for x in tensors)
+    library.rotate_append_f32(*pointers, q.shape[0], q.shape[1], groups, head_dim, cos.shape[-1], pages * page_size)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities [T, E], the top_k expert ids [T, K] and their weights, which sum to 1, of logits [T, E]."""
+    assert library is not None and logits.is_contiguous()
+    rows, experts = logits.shape
+    probs = torch.empty_like(logits)
+    ids, weights = logits.new_empty(rows, top_k, dtype=torch.int64), logits.new_empty(rows, top_k)
+    pointers = (x.data_ptr() for x in (logits, probs, ids, weights))
+    library.route_f32(*pointers, rows, experts, top_k)
+    return probs, ids, weights
 
 
 def lightning_decode(

@@ -98,7 +98,7 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
     """Return x · rsqrt(mean(x²) + eps), taken in float32 and cast back to the dtype of x [M, K], times weight [K]."""
     # one pass over memory instead of five, so for any number of rows
-    if choose(backend) == "compiled" and compiled.fits(x, weight) and weight.dtype == x.dtype:
+    if choose(backend) == "compiled" and compiled.fits(x, weight):
         return compiled.rms_norm(x, weight, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)

@@ -135,19 +135,4 @@ void experts_bf16(const float* x, const bf16* w13, const bf16* w2, const int64_t
     experts(x, w13, w2, ids, weights, y, tokens, top_k, num_experts, width, hidden);
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight, for each of `rows` rows.
-void rms_norm_f32(const float* x, const float* weight, float* out, int64_t rows, int64_t size, float eps) {
-#pragma omp parallel for if (rows * size > 65536)
-    for (int64_t r = 0; r < rows; r++) {
-        const float* a = x + r * size;
-        float* b = out + r * size;
-        float s = 0;
-#pragma omp simd reduction(+ : s)
-        for (int64_t i = 0; i < size; i++) s += a[i] * a[i];
-        float scale = 1 / std::sqrt(s / size + eps);
-#pragma omp simd
-        for (int64_t i = 0; i < size; i++) b[i] = a[i] * scale * weight[i];
-    }
-}
-
 }  // extern "C"

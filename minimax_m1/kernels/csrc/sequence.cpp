@@ -1,8 +1,8 @@
 // Attention of both kinds over the cache: softmax attention to pages of keys and values, and the lightning recurrence.
 //
-// Called like compiled.cpp. A row's result is summed in an order that its own place in its sequence alone decides, so it
-// has the same bits alone and in a batch, with any number of threads, and however a prompt was cut into chunks (for
-// lightning attention: at multiples of 64 tokens).
+// Called like compiled.cpp. A row's result is summed in an order that its place in its sequence alone decides, so it has
+// the same bits alone and in a batch, with any number of threads, and however a prompt was cut into chunks (for lightning
+// attention: at multiples of 64 tokens).
 
 #include <algorithm>
 #include <memory>
@@ -66,7 +66,7 @@ inline float total(reg v) {
     return t;
 }
 
-// 2^x for x <= 0; below -100 it stays at 2^-100, which is nothing beside a sum of at least 1/2. 1e-7 relative, NaN stays.
+// 2^x for x <= 0; below -100 it is 2^-100, which is nothing beside a sum of at least 1/2. 1e-7 relative; NaN stays.
 inline reg power_of_two(reg x) {
     x = larger(all(-100.0f), x);
     reg t = x + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number, kept in the lowest bits
@@ -101,7 +101,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // out [R][C * L] = keep * out + a [R][K] b [K][C * L]; rows lie lda, ldb and ldo floats apart; keep 0: out is not read.
 // Summed in the order of k whatever R and C are.
 template <int R, int C>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, float* out, int64_t ldo, float keep) {
+inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, float* out, int64_t ldo,
+                 float keep) {
     reg acc[R][C];
     if (keep != 0) {
         for (int r = 0; r < R; r++)
@@ -123,8 +124,8 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64
 }
 
 template <int R>
-inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, float* out, int64_t ldo, float keep,
-                  int64_t columns) {
+inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, float* out, int64_t ldo,
+                  float keep, int64_t columns) {
     int64_t c = 0;
     for (; c + WIDE * L <= columns; c += WIDE * L) tile<R, WIDE>(a, lda, b + c, ldb, K, out + c, ldo, keep);
     if (WIDE == 4 && c + 2 * L <= columns) {
@@ -151,9 +152,9 @@ inline void multiply(int64_t rows, const float* a, int64_t lda, const float* b, 
 inline void transpose_8x8(const float* x, int64_t ldx, float* out, int64_t ldo) {
     __m256 r[8], s[8];
     for (int i = 0; i < 4; i++) {  // rows i and i + 4, half by half: only shuffles inside halves are left
-        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + i * ldx)), _mm_loadu_ps(x + (i + 4) * ldx), 1);
-        r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + i * ldx + 4)),
-                                        _mm_loadu_ps(x + (i + 4) * ldx + 4), 1);
+        const float *low = x + i * ldx, *high = x + (i + 4) * ldx;
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+        r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
     }
     for (int h = 0; h < 8; h += 4) {
         s[h] = _mm256_unpacklo_ps(r[h], r[h + 1]);
@@ -214,8 +215,8 @@ struct Task {
     int64_t page, end_page;
 };
 
-// Query rows of a task and what has been summed for them. Sums are relative to 2^top, top a whole number: when it rises,
-// what is there is multiplied by a power of two, which rounds nothing.
+// Query rows of a task and what has been summed for them. Sums are relative to 2^top, top a whole number: when it
+// rises, what is there is multiplied by a power of two, which rounds nothing.
 struct Work {
     float *q, *sums, *lanes, *tops;     // [rows][dim], [rows][padded], [rows][L], [rows]
     float *keys, *values, *scores;      // [dim][PAGE], [PAGE][padded] where padded > dim, [HIGH][PAGE]
@@ -309,13 +310,13 @@ void attend(const Attention& a, const Task& t, const Work& w, int64_t padded) {
     }
 }
 
-// out [rows][D] = sums / weights of the rows of `parts` tasks that differ in their pages alone; w points to the first
-// one's results, the others lie `size` floats apart. Powers of two join them: which parts there are rounds nothing but
-// the order of their sums.
+// What a task found for its rows: sums and weights relative to 2^top.
 struct Result {
     float *sums, *weights, *tops;  // [rows][padded], [rows], [rows]
 };
 
+// Writes the rows of out: the sums over `parts` tasks that differ in their pages alone, divided by those of the weights.
+// w is the first task's result, the others lie `size` floats apart.
 void write(const Attention& a, const Task& t, const Result& w, int64_t parts, int64_t size, int64_t padded) {
     const int64_t D = a.dim, R = a.heads / a.groups;
     for (int64_t r = 0; r < t.tokens * R; r++) {
@@ -370,7 +371,9 @@ void attention(const Attention& a, int64_t part) {
     const int64_t padded_rows = round_up(most, 16), size = padded_rows * (padded + 2);
     Scratch results(joined ? tasks.size() * size : 0);
     float* base = results.take(0);
-    const auto result = [=](float* at) { return Result{at, at + padded_rows * padded, at + padded_rows * (padded + 1)}; };
+    const auto result = [=](float* at) {
+        return Result{at, at + padded_rows * padded, at + padded_rows * (padded + 1)};
+    };
 #pragma omp parallel if (pairs * D * 2 > PARALLEL)
     {
         Scratch scratch(padded_rows * (D + L) + size + PAGE * (D + padded + HIGH));
@@ -430,7 +433,8 @@ void lightning_decode(const Lightning& a) {
 #pragma omp parallel for schedule(dynamic, 1) if (tokens * a.heads * D * D > PARALLEL / 4)
     for (int64_t i = 0; i < a.count * a.heads; i++) {
         const int64_t n = i / a.heads, h = i % a.heads;
-        const int64_t first = a.starts ? a.starts[n] - a.starts[0] : n, end = a.starts ? a.starts[n + 1] - a.starts[0] : n + 1;
+        const int64_t first = a.starts ? a.starts[n] - a.starts[0] : n;
+        const int64_t end = a.starts ? a.starts[n + 1] - a.starts[0] : n + 1;
         float* state = a.states + (a.slots[n] * a.heads + h) * D * D;
         const float decay = std::exp(-a.slope[h]);
         for (int64_t t = first; t < end; t++) {
@@ -454,7 +458,7 @@ void lightning_decode(const Lightning& a) {
     }
 }
 
-// With p the place in a block of n tokens and w the decay: O = (w^(p+1) Q) S + (Q K^T * M) V, M_ij = w^(i-j) for i >= j;
+// With p the place in a block of n tokens and w the decay: O = (w^(p+1) Q) S + (Q K^T * M) V, M_ij = w^(i-j), i >= j;
 // then S = w^n S + (w^(n-1-p) K)^T V. No power of w is negative, so nothing overflows, whatever the slope.
 void lightning_prefill(const Lightning& a) {
     const int64_t D = a.dim, padded = round_up(D, L);
@@ -462,7 +466,8 @@ void lightning_prefill(const Lightning& a) {
 #pragma omp parallel if (tokens * a.heads * D * (2 * D + PAGE) > PARALLEL)
     {
         Scratch scratch(D * padded + PAGE * (3 * padded + D) + 2 * PAGE * D + PAGE * HIGH + 4 * PAGE);
-        float *state = scratch.take(D * padded), *out = scratch.take(PAGE * padded), *values = scratch.take(PAGE * padded);
+        float *state = scratch.take(D * padded), *out = scratch.take(PAGE * padded);
+        float* values = scratch.take(PAGE * padded);
         float *q = scratch.take(PAGE * D), *decayed = scratch.take(PAGE * D), *keys = scratch.take(D * PAGE);
         float *scores = scratch.take(HIGH * PAGE), *powers = scratch.take(2 * PAGE), *mask = scratch.take(2 * PAGE);
 #pragma omp for schedule(dynamic, 1)
@@ -481,7 +486,8 @@ void lightning_prefill(const Lightning& a) {
                 for (int64_t p = 0; p < count; p++) {
                     const float* from = a.q + at + p * a.row;
                     std::memcpy(values + p * padded, a.v + at + p * a.row, sizeof(float) * D);
-                    for (int64_t d = 0; d < D; d++) q[p * D + d] = from[d], decayed[p * D + d] = from[d] * powers[p + 1];
+                    std::memcpy(q + p * D, from, sizeof(float) * D);
+                    for (int64_t d = 0; d < D; d++) decayed[p * D + d] = from[d] * powers[p + 1];
                 }
                 for (int64_t r = 0; r < count; r += HIGH) {
                     const int64_t rows = std::min<int64_t>(HIGH, count - r), seen = r + rows;
@@ -515,16 +521,16 @@ void attention_decode_f32(const float* q, const float* keys, const float* values
                           const int32_t* tables, const int32_t* starts, const int64_t* lens, float* out, int64_t count,
                           int64_t heads, int64_t groups, int64_t dim, int64_t pages, int64_t table, int64_t row,
                           int64_t head, int64_t window) {
-    attention({q, keys, values, slots, tables, starts, lens, out, count, heads, groups, dim, pages, table, row, head, window},
-              PART);
+    attention({q,     keys, values, slots, tables, starts, lens, out,   count,
+               heads, groups, dim,  pages, table,  row,    head, window}, PART);
 }
 
 void attention_prefill_f32(const float* q, const float* keys, const float* values, const int64_t* slots,
                            const int32_t* tables, const int32_t* starts, const int64_t* lens, float* out, int64_t count,
                            int64_t heads, int64_t groups, int64_t dim, int64_t pages, int64_t table, int64_t row,
                            int64_t head, int64_t window) {
-    attention({q, keys, values, slots, tables, starts, lens, out, count, heads, groups, dim, pages, table, row, head, window},
-              0);
+    attention({q,     keys, values, slots, tables, starts, lens, out,   count,
+               heads, groups, dim,  pages, table,  row,    head, window}, 0);
 }
 
 // Lightning attention token by token, and in blocks of PAGE tokens from each sequence's first row; states in place.
