@@ -1,13 +1,16 @@
 """Whatever else runs beside it, a request gets from the engine what `generate_batch` gives it alone."""
 
 import dataclasses
+import json
 import random
+import re
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minimax_m1 import shipped
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.engine.engine import Engine
 from minimax_m1.generation import generate_batch
@@ -15,6 +18,7 @@ from minimax_m1.kernels import choose
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import EngineSettings
+from minimax_m1.tokenizer import MiniMaxM1Tokenizer, parse_answer
 
 VOCAB = 211
 SLOT_BYTES, PAGE_BYTES = 3 * 4 * 8 * 8 * 4, 2 * 2 * 8 * 64 * 4  # of the model below
@@ -221,3 +225,43 @@ def test_company_chunks_and_cached_prefixes_change_no_bit(model, drafts):
     for i, (prompt, params) in enumerate(requests):
         expected = alone.generate([prompt], params)[0]
         assert (results[i].token_ids, results[i].logprobs) == (expected.token_ids, expected.logprobs), i
+
+
+def test_budgets_grammars_stops_and_tools_in_one_batch():
+    """The shipped model with everything that decides a token: each request as alone through `generate_batch`."""
+    tokenizer = MiniMaxM1Tokenizer.from_pretrained(shipped.path())
+    model = MiniMaxM1ForCausalLM.from_pretrained(shipped.path(), dtype="float32")
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    number = {"type": "integer", "minimum": 0, "maximum": 999}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
+    forms = [
+        {},
+        {"max_thinking_tokens": 0},
+        {"max_thinking_tokens": 7},
+        {"max_thinking_tokens": 7, "structured": {"json_schema": schema}},
+        {"structured": {"regex": "[0-9]{3}"}},
+        {"structured": {"choice": ["yes", "no"]}, "max_thinking_tokens": 3},
+        {"tools": [tool], "tool_choice": "required", "max_thinking_tokens": 5},
+        {"stop": ["1", " is"], "min_tokens": 4},
+        {"repetition_stop_tokens": 3, "repetition_stop_probability": 0.9},
+        {"temperature": 1.3, "seed": 3, "frequency_penalty": 1.0, "max_thinking_tokens": 9},
+    ]
+    questions = ["What is 38 + 72?", "Sort 31, 4, 15.", "Reverse the word plum."]
+    requests = []
+    for i, form in enumerate(forms * 2):
+        messages = [{"role": "user", "content": questions[i % 3]}]
+        values = {"temperature": 0.0, "max_new_tokens": 90} | form
+        requests.append((tokenizer.apply_chat_template(messages), SamplingParams.parse(values)))
+    engine = Engine(model, tokenizer, EngineSettings(max_batch_size=8, cache_bytes=64 << 20, speculative_tokens=3))
+    results = engine.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+    for (prompt, params), result in zip(requests, results, strict=True):
+        assert result.token_ids == generate_batch(model, [prompt], params, tokenizer=tokenizer)[0], params
+        budget = params.max_thinking_tokens
+        assert budget is None or result.usage.reasoning_tokens <= budget
+    assert [r.usage.reasoning_tokens for r in results[1:3]] == [0, 7]
+    answers = [parse_answer(result.text) for result in results[:10]]
+    assert json.loads(answers[3].content)["n"] is not None and results[3].usage.reasoning_tokens == 7
+    assert re.fullmatch("[0-9]{3}", answers[4].content) and answers[5].content in ("yes", "no")
+    assert [call.name for call in answers[6].tool_calls][:1] == ["add"]
+    assert results[7].stop_reason in ("1", " is") and results[8].finish_reason == "repetition"
+    assert_nothing_leaks(engine)
