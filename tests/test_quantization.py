@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,13 +305,45 @@ def test_accounting_counts_the_bytes_of_the_file(name: str, preset: str) -> None
     assert accounting.weight_bytes(config, name) == sum(t.nbytes for t in model.state_dict().values())
 
 
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from minimax_m1.config import QuantizationConfig
+from minimax_m1.weights import load_model, quantize_checkpoint
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[2] == "load":
+    model = load_model(sys.argv[1], quantization=sys.argv[3])
+else:
+    quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), QuantizationConfig.parse(sys.argv[3]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_memory(tmp_path: Path, name: str) -> None:
+    """The float model is never in memory: loading takes the model and one tensor, writing a smaller checkpoint two."""
+    config = MiniMaxM1Config.preset("nano").replace(num_hidden_layers=16, attn_type_list=(0, 1) * 8)
+    save_model(random_model(config=config), tmp_path / "float")
+    sizes = [4 * torch.Size(piece.shape).numel() for piece in find_pieces(tmp_path / "float").values()]
+    assert sum(sizes) > 200e6
+
+    def measure(way: str) -> int:
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "float"), way, name]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert measure(str(tmp_path / "small")) < 2 * max(sizes) + 30e6
+    small = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
+    assert measure("load") < small + max(sizes) + 30e6
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    import sys
-
     from minimax_m1.cli import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
