@@ -177,8 +177,8 @@ inline void fetch(const float* from, const float* to) {
     for (; from < to; from += 16) __builtin_prefetch(from, 0, 2);
 }
 
-// out [D][PAGE] = the transpose of x [count][D], count <= PAGE; the other columns of out are left alone. On the way it
-// fetches what lies `ahead` floats behind x, where rows follow each other like those of x.
+// out [D][PAGE] = the transpose of x [count][D], count <= PAGE; its columns are filled up with 0 to whole vectors. On
+// the way it fetches what lies `ahead` floats behind x, where rows follow each other like those of x.
 inline void transpose(const float* x, int64_t ldx, int64_t count, int64_t D, float* out, int64_t ahead) {
     int64_t j = 0;
 #ifdef __AVX__
@@ -192,6 +192,8 @@ inline void transpose(const float* x, int64_t ldx, int64_t count, int64_t D, flo
 #endif
     for (; j < count; j++)
         for (int64_t d = 0; d < D; d++) out[d * PAGE + j] = x[j * ldx + d];
+    for (; j % L; j++)
+        for (int64_t d = 0; d < D; d++) out[d * PAGE + j] = 0;
 }
 
 // ---------------------------------------------------------------------------------------------- softmax attention
@@ -289,7 +291,7 @@ void attend(const Attention& a, const Task& t, const Work& w, int64_t padded) {
             const int64_t count = std::min(PAGE, last - start);
             if (count <= 0 || (a.window && first - a.window >= start + PAGE)) continue;
             fetch(values_next + r * PAGE * D / rows, values_next + (r + n / 2) * PAGE * D / rows);
-            multiply(n, w.q + r * D, D, w.keys, PAGE, D, w.scores, PAGE, 0, PAGE);
+            multiply(n, w.q + r * D, D, w.keys, PAGE, D, w.scores, PAGE, 0, round_up(count, L));
             fetch(values_next + (r + n / 2) * PAGE * D / rows, values_next + (r + n) * PAGE * D / rows);
             const bool whole = first - start >= PAGE && (!a.window || last - a.window <= start);
             for (int64_t i = 0; i < n; i++) {
