@@ -196,13 +196,6 @@ class HybridCache:
         )
         return dataclasses.replace(layout, cached=cached)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
-        """Write the keys and values [T, G, D] of a batch behind those of its sequences, for one softmax layer."""
-        assert batch.cached is not None
-        rows = batch.cached.token_rows
-        for pool, new in ((self.keys[layer], k), (self.values[layer], v)):
-            pool.flatten(1, 2).index_copy_(1, rows, new.transpose(0, 1).to(pool.dtype))
-
     def commit(self, batch: ForwardBatch) -> None:
         """Count the tokens of a batch that has run through every layer."""
         assert batch.cached is not None

@@ -22,7 +22,7 @@ from minimax_m1.cache import HybridCache
 from minimax_m1.config import SOFTMAX, MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.kernels.attention import softmax_attention, softmax_attention_cached
-from minimax_m1.kernels.experts import expert_mlp
+from minimax_m1.kernels.experts import expert_mlp, route
 from minimax_m1.kernels.lightning import (
     lightning_attention,
     lightning_decode,
@@ -30,6 +30,7 @@ from minimax_m1.kernels.lightning import (
     lightning_slopes,
 )
 from minimax_m1.kernels.linear import float32_linear, linear, rms_norm
+from minimax_m1.kernels.rotary import rotate, rotate_append
 
 
 class Routing(NamedTuple):
@@ -284,8 +285,7 @@ class LightningAttention(nn.Module):
         qkv = F.silu(self.qkv_proj(u, batch)).view(-1, self.num_heads, 3 * self.head_dim)
         q, k, v = qkv.chunk(3, dim=-1)
         o = self.attend(q, k, v, batch, cache)
-        gate = torch.sigmoid(self.output_gate(u, batch))
-        return self.out_proj(gate * self.norm(o.flatten(1), batch.backend), batch)
+        return self.out_proj(self.norm(o.flatten(1), batch.backend, gate=self.output_gate(u, batch)), batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: HybridCache | None) -> Tensor:
         """Return o [T, H, D]: decoding sequences by the recurrence, all others in blocks."""
@@ -324,16 +324,17 @@ class SoftmaxAttention(nn.Module):
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(u, batch).view(u.shape[0], -1, self.head_dim) for proj in projections)
-        q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
             o = softmax_attention(q, k, v, cu_seqlens=batch.cu_seqlens, window=self.window, backend=batch.backend)
         else:
             assert batch.cached is not None
-            cache.append(self.index, k, v, batch)
+            keys, values = cache.keys[self.index], cache.values[self.index]
+            q = rotate_append(q, k, v, *rotary, keys, values, batch.cached.token_rows, batch.backend)
             o = softmax_attention_cached(
                 q,
-                cache.keys[self.index],
-                cache.values[self.index],
+                keys,
+                values,
                 cu_seqlens=batch.cu_seqlens,
                 kv_lens=batch.cached.kv_lens,
                 slots=batch.cached.slot_ids,
@@ -356,9 +357,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, v: Tensor, batch: ForwardBatch) -> tuple[Tensor, Routing]:  # v [T, hidden]
-        probs = torch.softmax(self.gate(v, batch), -1)
-        weights, expert_ids = torch.topk(probs, self.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        probs, expert_ids, weights = route(self.gate(v, batch), self.top_k, batch.backend)
         if batch.expert_threshold is not None:
             weights = drop_experts(weights, batch.expert_threshold)
         y = expert_mlp(
@@ -446,15 +445,15 @@ class DynamicGate(Gate):
 
 
 class RMSNorm(nn.Module):
-    """x · rsqrt(mean(x²) + eps) in float32, cast back, times weight."""
+    """x · rsqrt(mean(x²) + eps) in float32, cast back, times weight; with a gate, times its sigmoid."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, backend)
+    def forward(self, x: Tensor, backend: str | None = None, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, backend, gate)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -486,14 +485,6 @@ def rotary_angles(positions: Tensor, config: MiniMaxM1Config) -> Rotary:
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
     angles = positions.float()[:, None, None] / config.rope_theta**exponent
     return Rotary(angles.cos(), angles.sin())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the leading rotary_dim dimensions of x [T, heads, D]: i pairs with i + rotary_dim / 2."""
-    half = rotary.cos.shape[-1]
-    cos, sin = rotary.cos.to(x.dtype), rotary.sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def load_balancing_loss(routings: list[Routing]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The experts of a mixture: each token through its own top-k, no token dropped, no padding.
+"""The experts of a mixture: each token through its own top-k, chosen by a router; none dropped, no padding.
 
 Shapes: T tokens, D hidden, E experts, I an expert's width, K experts a token; S = T K rows after each token is repeated
 for each of its experts and the rows are sorted by expert.
@@ -16,6 +16,25 @@ from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.experts_torch import expert_mlp_torch
 from minimax_m1.kernels.linear import MIN_ROWS, refuse_gradient, row_kernel_rows
 from minimax_m1.kernels.quantized import QuantizedWeight
+
+
+def route(logits: Tensor, top_k: int, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose each token's experts; differentiable but for the choice.
+
+    Args:
+        logits: [T, E] float32 (or float64), of the router.
+        top_k: K.
+        backend: one of `kernels.BACKENDS`, or None for the fastest.
+
+    Returns:
+        probabilities [T, E], the ids of the K most probable experts [T, K] int64, their probabilities divided by their
+        sum [T, K].
+    """
+    if choose(backend) == "compiled" and compiled.fits(logits):
+        return compiled.route(logits, top_k)
+    probs = torch.softmax(logits, -1)
+    weights, expert_ids = torch.topk(probs, top_k)
+    return probs, expert_ids, weights / weights.sum(-1, keepdim=True)
 
 
 def expert_mlp(

@@ -95,10 +95,14 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
     return F.linear(x, weight.to(x.dtype))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
-    """Return x · rsqrt(mean(x²) + eps), taken in float32 and cast back to the dtype of x [M, K], times weight [K]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None, gate: Tensor | None = None) -> Tensor:
+    """Return x · rsqrt(mean(x²) + eps), taken in float32 and cast back to the dtype of x [M, K], times weight [K].
+
+    With a gate [M, K], times sigmoid(gate) as well; differentiable in all three.
+    """
     # one pass over memory instead of five, so for any number of rows
     if choose(backend) == "compiled" and compiled.fits(x, weight):
-        return compiled.rms_norm(x, weight, eps)
+        return compiled.rms_norm(x, weight, eps, gate)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)
+    y = F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)
+    return y if gate is None else torch.sigmoid(gate) * y

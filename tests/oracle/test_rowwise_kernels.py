@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimax_m1.kernels import compiled
-from minimax_m1.model import Rotary, rotate
+from minimax_m1.kernels.rotary import rotate
 from tests.tolerances import KERNEL, relative_error
 
 pytestmark = pytest.mark.skipif(not compiled.library, reason="the compiled kernels were not built here")
@@ -35,9 +35,9 @@ def test_rotate_append(heads, groups, head_dim, half):
     angles = draw(5, 1, half, seed=4)
     keys, values = (torch.full((groups, 3, 64, head_dim), float("nan")) for _ in range(2))
     token_rows = torch.tensor([130, 0, 63, 191, 64])
-    rotary = Rotary(angles.cos(), angles.sin())
-    wide = Rotary(rotary.cos.double(), rotary.sin.double())
-    q_expected, k_expected = rotate(q.double(), wide), rotate(k.double(), wide)
+    rotary = angles.cos(), angles.sin()
+    wide = tuple(x.double() for x in rotary)
+    q_expected, k_expected = rotate(q.double(), *wide), rotate(k.double(), *wide)
     compiled.rotate_append(q, k, v, *rotary, token_rows, keys, values)
     assert relative_error(q, q_expected) < TOLERANCE
     assert relative_error(keys.flatten(1, 2)[:, token_rows], k_expected.transpose(0, 1)) < TOLERANCE
