@@ -65,6 +65,12 @@ class ForwardBatch:
         """How many rows, from the first, belong to decoding sequences; None without a cache."""
         return None if self.cached is None else self.cached.num_decode_rows
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row belongs to a decoding sequence, and no drafts are to be kept."""
+        cached = self.cached
+        return cached is not None and cached.num_decodes == len(self.seqlens) and cached.drafts is None
+
 
 @dataclass(frozen=True)
 class CachedRows:

@@ -21,6 +21,7 @@ from minimax_m1.batch import ForwardBatch
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import SOFTMAX, MiniMaxM1Config
 from minimax_m1.errors import UserError
+from minimax_m1.kernels import blocks
 from minimax_m1.kernels.attention import softmax_attention, softmax_attention_cached
 from minimax_m1.kernels.experts import expert_mlp, route
 from minimax_m1.kernels.lightning import (
@@ -29,7 +30,7 @@ from minimax_m1.kernels.lightning import (
     lightning_prefill,
     lightning_slopes,
 )
-from minimax_m1.kernels.linear import float32_linear, linear, rms_norm
+from minimax_m1.kernels.linear import float32_linear, linear, rms_norm, silu
 from minimax_m1.kernels.rotary import rotate, rotate_append
 
 
@@ -282,7 +283,13 @@ class LightningAttention(nn.Module):
         return self._slope
 
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
-        qkv = F.silu(self.qkv_proj(u, batch)).view(-1, self.num_heads, 3 * self.head_dim)
+        if cache is not None and batch.only_decodes:
+            weights = self.qkv_proj.weight, self.output_gate.weight, self.out_proj.weight, self.norm.weight
+            if blocks.usable(u, weights, batch.backend):  # the same in one call
+                assert batch.cached is not None
+                state = self.slope(u.device), cache.states[self.index], batch.cached.slot_ids, batch.cu_seqlens
+                return blocks.lightning_block(u, *weights, self.norm.eps, *state)
+        qkv = silu(self.qkv_proj(u, batch), batch.backend).view(-1, self.num_heads, 3 * self.head_dim)
         q, k, v = qkv.chunk(3, dim=-1)
         o = self.attend(q, k, v, batch, cache)
         return self.out_proj(self.norm(o.flatten(1), batch.backend, gate=self.output_gate(u, batch)), batch)
@@ -357,6 +364,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, v: Tensor, batch: ForwardBatch) -> tuple[Tensor, Routing]:  # v [T, hidden]
+        if batch.only_decodes and batch.expert_threshold is None and type(self.gate) is Gate:
+            matrices = self.gate.weight, self.experts.w13, self.experts.w2
+            if blocks.usable(v, matrices, batch.backend):  # the same in one call
+                y, *routing = blocks.moe_block(v, *matrices, self.top_k)
+                return y, Routing(*routing)
         probs, expert_ids, weights = route(self.gate(v, batch), self.top_k, batch.backend)
         if batch.expert_threshold is not None:
             weights = drop_experts(weights, batch.expert_threshold)

@@ -27,10 +27,13 @@ _ARGUMENTS = {  # p pointer, n int64, f float32
     "linear_int4": "ppppnnnn",
     "experts_int8": "ppppppppnnnnn",
     "experts_int4": "ppppppppnnnnnn",
+    "silu_f32": "pn",
     "rms_norm_f32": "ppppnnf",
     "rms_norm_bf16": "ppppnnf",
     "rotate_append_f32": "ppppppppnnnnnn",
     "route_f32": "ppppnnn",
+    "lightning_block": "pf",
+    "moe_block": "p",
     "attention_decode_f32": "ppppppppnnnnnnnnn",
     "attention_prefill_f32": "ppppppppnnnnnnnnn",
     "lightning_decode_f32": "ppppppppnnnnn",
@@ -120,6 +123,13 @@ def quantized_experts(
     else:
         library.experts_int4(*pointers, *sizes, w13.group_size)
     return y
+
+
+def silu(x: Tensor) -> Tensor:
+    """Replace x, float32 and contiguous, by x · sigmoid(x); return it."""
+    assert library is not None and x.is_contiguous()
+    library.silu_f32(x.data_ptr(), x.numel())
+    return x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:

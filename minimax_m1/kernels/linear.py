@@ -1,4 +1,4 @@
-"""Matrix products with a weight, and RMSNorm: the two operations that every layer is made of.
+"""Matrix products with a weight, RMSNorm and SiLU: what every layer is made of.
 
 Shapes: M rows (tokens), K in, N out; a weight is [N, K], in its own dtype, and is used in that of x.
 """
@@ -93,6 +93,13 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
     if narrow and choose(backend) != "reference":
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
     return F.linear(x, weight.to(x.dtype))
+
+
+def silu(x: Tensor, backend: str | None = None) -> Tensor:
+    """Return x · sigmoid(x); differentiable. In inference x, which must be nobody else's, may be changed."""
+    if choose(backend) == "compiled" and compiled.fits(x) and x.is_contiguous():
+        return compiled.silu(x)
+    return F.silu(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None, gate: Tensor | None = None) -> Tensor:

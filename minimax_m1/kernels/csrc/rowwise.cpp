@@ -45,6 +45,21 @@ inline void turn(const float* from, const float* cos, const float* sin, float* t
 
 extern "C" {
 
+// x = x * sigmoid(x), in place; the same for a number wherever it stands.
+void silu_f32(float* x, int64_t count) {
+#pragma omp parallel for if (count > MANY)
+    for (int64_t i = 0; i < count / W; i++) {
+        const vec v = load(x + i * W);
+        store(x + i * W, v / (exp(-v) + 1.0f));
+    }
+    float rest[W] = {};
+    const int64_t done = count / W * W;
+    std::memcpy(rest, x + done, sizeof(float) * (count - done));
+    const vec v = load(rest);
+    store(rest, v / (exp(-v) + 1.0f));
+    std::memcpy(x + done, rest, sizeof(float) * (count - done));
+}
+
 void rms_norm_f32(const float* x, const float* weight, const float* gate, float* out, int64_t rows, int64_t size,
                   float eps) {
     rms_norm(x, weight, gate, out, rows, size, eps);
