@@ -33,7 +33,8 @@ def test_a_quick_run_of_the_engine(tmp_path):
     main(BenchSettings(sizes=("nano",), quick=True, only=cases, json=tmp_path / "figures.json"))
     written = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert [row["case"] for row in written] == [
-        "nano first token, 512 cached",
+        "nano float32 first token, 512 cached",
+        "nano int8 first token, 512 cached",
         "nano 16 requests, routing logs",
         "nano repeated text, 8 drafts",
     ]
