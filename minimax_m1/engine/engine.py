@@ -97,9 +97,7 @@ class Engine:
             self._eos,
             settings.checkpoint_every,
         )
-        self.routing: RoutingLog | None = (
-            RoutingLog.of(model.config) if settings.routing_log else None
-        )  # of all requests
+        self.routing = RoutingLog.of(model.config) if settings.routing_log else None  # of all requests
         valid = None if tokenizer is None else len(tokenizer)
         self.runner = Runner(model, self.cache, self.scheduler, valid, backend, self.routing)
         self._requests: dict[str, list[Sequence]] = {}  # what has not finished

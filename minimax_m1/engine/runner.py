@@ -50,14 +50,14 @@ class Runner:
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         seqlens = [len(chunk.token_ids) for chunk in chunks]
         slots = [_slot(chunk.sequence) for chunk in chunks]
-        threshold = torch.tensor([chunk.sequence.params.expert_threshold for chunk in chunks])
+        thresholds = [chunk.sequence.params.expert_threshold for chunk in chunks]
         batch = self.cache.batch(
             slots,
             seqlens,
             self.backend,
             num_decodes=len(step.decodes),
             keep_drafts=any(chunk.num_drafts for chunk in step.decodes),
-            expert_threshold=_per_token(threshold, seqlens, self.model.device) if bool((threshold < 1).any()) else None,
+            expert_threshold=_per_token(thresholds, seqlens, self.model.device) if min(thresholds) < 1 else None,
         )
         drafting = [_slot(chunk.sequence) for chunk in step.decodes if chunk.num_drafts]
         self._states_before = {slot: self.cache.read_states(slot) for slot in drafting}
@@ -70,12 +70,13 @@ class Runner:
 
         A sequence with drafts goes on as long as the token that it drew is the one that was drafted.
         """
-        kept = [len(chunk.token_ids) - chunk.num_drafts for chunk in step.chunks]
+        chunks = step.chunks
+        kept = [len(chunk.token_ids) - chunk.num_drafts for chunk in chunks]
         bounds = batch.cu_seqlens.tolist()
         drawing: list[tuple[Sequence, int]] = []  # a sequence, and the first row of `logits` that is its own
         rows: list[int] = []  # of hidden
         index_of: dict[Sequence, int] = {}
-        for i, chunk in enumerate(step.chunks):
+        for i, chunk in enumerate(chunks):
             if chunk.completes:
                 drawing.append((chunk.sequence, len(rows)))
                 drawing += [(sibling, len(rows)) for sibling in self._fork_siblings(chunk.sequence)]
@@ -98,7 +99,7 @@ class Runner:
                 index = index_of.get(sequence)  # None: a sample that begins here
                 if index is None or sequence.continuation.finish_reason is not None:
                     continue
-                if step.chunks[index].drafts[place : place + 1] == [token]:
+                if chunks[index].drafts[place : place + 1] == [token]:
                     kept[index] += 1
                     going_on.append((sequence, row))
             drawing, place = going_on, place + 1
@@ -164,6 +165,6 @@ def _slot(sequence: Sequence) -> int:
     return sequence.slot
 
 
-def _per_token(values: Tensor, seqlens: list[int], device: torch.device) -> Tensor:
-    """Repeat each sequence's value for its tokens."""
-    return values.repeat_interleave(torch.tensor(seqlens)).to(device)
+def _per_token(values: list[float], seqlens: list[int], device: torch.device) -> Tensor:
+    """Repeat each sequence's value for its tokens: [T] float32."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(seqlens)).to(device)

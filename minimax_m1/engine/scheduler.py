@@ -152,28 +152,29 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, slot: int) -> bool:
         prompt, position = sequence.prompt_ids, 0
-        if self.prefix_cache is not None and sequence.uses_prefix_cache:
-            match = self.prefix_cache.match(prompt, sequence.salt, peek=sequence.was_looked_up)
+        prefix_cache = self.prefix_cache if sequence.uses_prefix_cache else None
+        if prefix_cache is not None:
+            match = prefix_cache.match(prompt, sequence.salt, peek=sequence.was_looked_up)
             sequence.was_looked_up = True
             if match is not None:
                 position = match.position
                 self.cache.share_prefix(slot, match.pages, match.states)
-            ahead = checkpoint_positions(prompt, self.turn_end_ids, self.checkpoint_every, position)
-            shared = self.prefix_cache.shared_prefix(prompt, sequence.salt)
-            sequence.checkpoints = sorted({*ahead, shared} if shared > position else ahead)
         if not self._reserve(slot, sequence.num_tokens):
             return False
+        if prefix_cache is not None:
+            ahead = checkpoint_positions(prompt, self.turn_end_ids, self.checkpoint_every, position)
+            shared = prefix_cache.shared_prefix(prompt, sequence.salt)
+            sequence.checkpoints = sorted({*ahead, shared} if shared > position else ahead)
         if not sequence.was_admitted:
             sequence.cached_tokens = position
         return True
 
     def _swap_in(self, sequence: Sequence, slot: int) -> bool:
+        if not self._reserve(slot, sequence.num_tokens):  # before the file is read, which then happens once
+            return False
         saved = sequence.saved
         assert saved is not None
-        state = saved if isinstance(saved, SequenceState) else SequenceState.load(saved)
-        if not self._reserve(slot, state.length):
-            return False
-        self.cache.swap_in(slot, state)
+        self.cache.swap_in(slot, saved if isinstance(saved, SequenceState) else SequenceState.load(saved))
         sequence.saved = None
         if not isinstance(saved, SequenceState):
             saved.unlink()
