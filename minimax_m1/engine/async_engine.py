@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from minimax_m1.engine.engine import Engine
 from minimax_m1.engine.outputs import Delta
@@ -26,18 +26,54 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[str, Callable[[Delta | BaseException], None]] = {}
+        self._streams: dict[str, DeltaStream] = {}  # by request
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the engine's thread; None: it runs."""
+        return self._error
+
+    async def add(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        routing_log: bool | Literal["tokens"] | None = None,
+    ) -> DeltaStream:
+        """Queue prompts, all or none of them; return the stream of what their outputs gain. Close it in the end.
+
+        Raises:
+            UserError: what `Engine.add` raises for any of them; or the engine was closed.
+        """
+        stream = DeltaStream(self, asyncio.get_running_loop())
+
+        def add() -> None:
+            try:
+                for prompt in prompts:
+                    name = self._engine.add(prompt, params, routing_log=routing_log)
+                    stream.request_ids.append(name)
+                    stream.unfinished += self._engine.num_unfinished(name)
+                    self._streams[name] = stream
+            except UserError:
+                self._forget(stream)
+                raise
+
+        try:
+            await self.call(add)
+        except asyncio.CancelledError:  # it may be running already
+            await stream.aclose()
+            raise
+        return stream
 
     async def generate(
         self,
         prompt: str | list[int],
         params: SamplingParams | Mapping[str, Any] | None = None,
         *,
-        request_id: str | None = None,
-        routing_log: bool | None = None,
+        routing_log: bool | Literal["tokens"] | None = None,
     ) -> AsyncIterator[Delta]:
         """Continue a prompt; yield what each step adds, for all n samples in turn, until every one has its result.
 
@@ -46,28 +82,13 @@ class AsyncEngine:
         Raises:
             UserError: what `Engine.add` raises; or the engine was closed.
         """
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-
-        def listen(delta: Delta | BaseException) -> None:
-            loop.call_soon_threadsafe(deltas.put_nowait, delta)
-
-        def add() -> tuple[str, int]:
-            name = self._engine.add(prompt, params, request_id=request_id, routing_log=routing_log)
-            self._listeners[name] = listen
-            return name, self._engine.num_unfinished(name)
-
-        name, unfinished = await self.call(add)
+        stream = await self.add([prompt], params, routing_log=routing_log)
         try:
-            while unfinished:
-                delta = await deltas.get()
-                if isinstance(delta, BaseException):
-                    raise delta
-                unfinished -= delta.result is not None
-                yield delta
+            while deltas := await stream.take():
+                for delta in deltas:
+                    yield delta
         finally:
-            if self._error is None:
-                self._post(lambda: self._forget(name))
+            await stream.aclose()
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps, and return what it returns.
@@ -103,29 +124,52 @@ class AsyncEngine:
             raise UserError(f"engine: has stopped: {self._error}")
         self._calls.put(call)
 
-    def _forget(self, request_id: str) -> None:
-        self._listeners.pop(request_id, None)
-        if self._engine.num_unfinished(request_id):
-            self._engine.abort(request_id)
-
     # -- in the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._take_calls(wait=not self._engine.has_work()):
-                for delta in self._engine.step():
-                    listener = self._listeners.get(delta.request_id)
-                    if listener is not None:
-                        listener(delta)
+                self._hand_out(self._engine.step())
             self._error = UserError("engine: was closed")
         except BaseException as error:  # noqa: BLE001 - every waiting request has to hear of it
             self._error = error
-        for listener in self._listeners.values():
-            listener(self._error)
+        for stream in set(self._streams.values()):
+            self._wake({stream: self._error})
         while not self._calls.empty():
             call = self._calls.get()
             if call is not None:
                 call()
+
+    def _hand_out(self, deltas: list[Delta]) -> None:
+        """Give each stream what this step brought it, waking its event loop once."""
+        gains: dict[DeltaStream, list[Delta] | BaseException] = {}
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                gain = gains.setdefault(stream, [])
+                assert isinstance(gain, list)
+                gain.append(delta)
+        for loop in {stream.loop for stream in gains}:
+            self._wake({stream: gain for stream, gain in gains.items() if stream.loop is loop})
+
+    def _wake(self, gains: Mapping[DeltaStream, list[Delta] | BaseException]) -> None:
+        """Put gains into the streams of one event loop."""
+
+        def put() -> None:
+            for stream, gain in gains.items():
+                stream.gains.put_nowait(gain)
+
+        try:
+            next(iter(gains)).loop.call_soon_threadsafe(put)
+        except RuntimeError:  # that loop has been closed, so nobody listens
+            for stream in gains:
+                self._forget(stream)
+
+    def _forget(self, stream: DeltaStream) -> None:
+        for name in stream.request_ids:
+            self._streams.pop(name, None)
+            if self._engine.num_unfinished(name):
+                self._engine.abort(name)
 
     def _take_calls(self, wait: bool) -> bool:
         """Run what was asked for; False: the engine is to end."""
@@ -136,3 +180,39 @@ class AsyncEngine:
             call()
             wait = False
         return True
+
+
+class DeltaStream:
+    """What the outputs of some requests gain, step by step. Belongs to the event loop that `AsyncEngine.add` ran in."""
+
+    def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self.loop = loop
+        self.request_ids: list[str] = []  # in the order of the prompts
+        self.unfinished = 0  # outputs without a result
+        self.gains: asyncio.Queue[list[Delta] | BaseException] = asyncio.Queue()
+
+    async def take(self) -> list[Delta]:
+        """Wait for the next deltas and return all that have come; an empty list once every output has its result.
+
+        Raises:
+            UserError: the engine was closed. Other errors are those that ended it.
+        """
+        if not self.unfinished:
+            return []
+        gain = await self.gains.get()
+        deltas: list[Delta] = []
+        while True:
+            if isinstance(gain, BaseException):
+                raise gain
+            deltas += gain
+            if self.gains.empty():
+                break
+            gain = self.gains.get_nowait()
+        self.unfinished -= sum(delta.result is not None for delta in deltas)
+        return deltas
+
+    async def aclose(self) -> None:
+        """Abort what has not ended: its slots and pages are free before the next step."""
+        if self._engine.error is None:
+            self._engine._post(lambda: self._engine._forget(self))

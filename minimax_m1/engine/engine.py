@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import torch
@@ -138,7 +138,7 @@ class Engine:
         params: Params = None,
         *,
         request_id: str | None = None,
-        routing_log: bool | None = None,
+        routing_log: bool | Literal["tokens"] | None = None,
     ) -> str:
         """Queue a request; return its id. Its `params.n` samples share the run of the prompt.
 
@@ -146,7 +146,8 @@ class Engine:
             prompt: text, or token ids.
             params: a mapping is parsed, and an unknown field is an error.
             request_id: None makes one.
-            routing_log: record which experts it goes to; None: as `settings.routing_log`.
+            routing_log: record which experts it goes to, with "tokens" also token by token; None: as
+                `settings.routing_log`.
 
         Raises:
             UserError: the prompt is empty, too long or has ids outside the vocabulary; parameters that cannot be used.
@@ -162,7 +163,7 @@ class Engine:
         samples[0].siblings = samples[1:]
         if self.settings.routing_log if routing_log is None else routing_log:
             for sequence in samples:
-                sequence.routing = RoutingLog.of(self.model.config)
+                sequence.routing = RoutingLog.of(self.model.config, keep_token_ids=routing_log == "tokens")
         self._requests[name] = samples
         self.scheduler.waiting.append(samples[0])
         return name
@@ -325,7 +326,7 @@ class Engine:
         prompts: Many[str | Many[int]],
         params: Params | Many[Params] = None,
         *,
-        routing_log: bool | None = None,
+        routing_log: bool | Literal["tokens"] | None = None,
     ) -> list[GenerationResult]:
         """Continue prompts together; return the results in their order, n for each prompt.
 
@@ -369,7 +370,7 @@ class Engine:
         params: Params | Many[Params] = None,
         *,
         tools: Many[Mapping[str, Any]] | None = None,
-        routing_log: bool | None = None,
+        routing_log: bool | Literal["tokens"] | None = None,
     ) -> list[GenerationResult]:
         """Answer conversations together: messages through M1's chat template, answers taken apart.
 

@@ -72,8 +72,14 @@ class AnswerParser:
     A tool call inside the thinking is not a call; `</tool_calls>` inside a JSON string does not end the calls.
     """
 
-    def __init__(self, *, thinking_open: bool = False) -> None:
-        """Start before the answer's first character; `thinking_open`: the prompt has already written `<think>`."""
+    def __init__(self, *, thinking_open: bool = False, tool_calls: bool = True) -> None:
+        """Start before the answer's first character.
+
+        Args:
+            thinking_open: the prompt has already written `<think>`.
+            tool_calls: False: whoever asked has no tools, and what looks like a call is content.
+        """
+        self._tool_calls = tool_calls
         self._after_start = self._thinking if thinking_open else self._content
         self._state = self._start
         self._buffer = ""  # what has come and has not gone out
@@ -147,6 +153,8 @@ class AnswerParser:
         return True
 
     def _content(self) -> bool:
+        if not self._tool_calls:
+            return self._release("content", "")
         begin = self._buffer.find(_CALLS_OPEN)
         if begin < 0:
             return self._release("content", "\n" + _CALLS_OPEN)
