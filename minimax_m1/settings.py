@@ -113,6 +113,39 @@ class GenerateSettings(SamplingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeSettings(ModelSettings, EngineSettings):
+    """Options of `minimax-m1 serve`."""
+
+    model: Annotated[Path | None, Parameter(name=["--model", "--model-path"])] = option(
+        None, "checkpoint folder; without it, the model that ships with the package"
+    )
+    served_model_name: str | None = option(None, "the model's id for clients [default: the folder's name]")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every network this machine is in")
+    port: int = option(8000, "port to listen on; 0: any that is free")
+    api_key: str | None = option(None, "what clients must send; also MINIMAX_M1_API_KEY [default: nothing]")
+    keys: Path | None = option(None, "TOML file of keys with their quotas")
+    prices: Path | None = option(None, "TOML file of prices by input length [default: MiniMax's launch prices]")
+    usage_db: Path | None = option(None, "SQLite file of the usage [default: in the user's state folder]")
+    dynamic_batching: bool = option(True, "let requests join and leave at every step; without, one runs at a time")
+    max_queue_size: int = option(256, "outputs that may wait beyond those that run; a request above gets 503")
+    max_body_bytes: int = option(32 << 20, "most bytes of a request")
+    thinking_budget: int | None = option(None, "most tokens of thinking where a request says nothing [default: no limit]")
+    drain_seconds: float = option(30.0, "after SIGTERM, time for requests in flight to end before they are aborted")
+    cors_origins: tuple[str, ...] = option((), "web origins that browsers may call from, such as https://a.example")
+    access_log: bool = option(True, "one line of JSON on stderr for every request")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"port": 0, "max_queue_size": 0, "max_body_bytes": 1, "thinking_budget": 0, "drain_seconds": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UserError(f"{name}: {value} cannot be used; accepted: a number of at least {bound}")
+        if self.port > 65535:
+            raise UserError(f"port: {self.port} cannot be used; accepted: 0 to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoSettings:
     """Options of `minimax-m1 info`."""
 

@@ -28,7 +28,7 @@ LEVELS = (
         "tasks",
     },
     {"training", "engine"},
-    {"evaluation", "benchmark"},
+    {"evaluation", "benchmark", "server"},
     {"cli", "__main__"},
 )
 # The package's own face: __init__ names the public classes without importing them.

@@ -1,4 +1,4 @@
-"""The command line: `minimax-m1 chat | generate | train | eval | info | quantize | bench`, parsed by cyclopts.
+"""The command line: `minimax-m1 chat | generate | serve | train | eval | info | quantize | bench`, parsed by cyclopts.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -23,6 +23,7 @@ from minimax_m1.settings import (
     GenerateSettings,
     InfoSettings,
     QuantizeSettings,
+    ServeSettings,
     to_toml,
 )
 from minimax_m1.training.settings import TrainSettings
@@ -53,6 +54,14 @@ def generate(*, settings: Annotated[GenerateSettings, Fields]) -> None:
     from minimax_m1.cli.generate import generate
 
     generate(settings)
+
+
+@app.command
+def serve(*, settings: Annotated[ServeSettings, Fields] = ServeSettings()) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a playground in the browser."""
+    from minimax_m1.server.app import serve
+
+    serve(settings)
 
 
 @app.command
