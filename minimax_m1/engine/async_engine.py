@@ -168,6 +168,10 @@ class AsyncEngine:
     def _forget(self, stream: DeltaStream) -> None:
         for name in stream.request_ids:
             self._streams.pop(name, None)
+        self._abort(stream)
+
+    def _abort(self, stream: DeltaStream) -> None:
+        for name in stream.request_ids:
             if self._engine.num_unfinished(name):
                 self._engine.abort(name)
 
@@ -211,6 +215,11 @@ class DeltaStream:
             gain = self.gains.get_nowait()
         self.unfinished -= sum(delta.result is not None for delta in deltas)
         return deltas
+
+    def abort(self) -> None:
+        """End the outputs now; their results, with finish_reason "abort", still come."""
+        if self._engine.error is None:
+            self._engine._post(lambda: self._engine._abort(self))
 
     async def aclose(self) -> None:
         """Abort what has not ended: its slots and pages are free before the next step."""
