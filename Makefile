@@ -1,5 +1,6 @@
-# make run        talk to the shipped model (creates .venv and installs on the first start)
-# make test       install what the tests need and run them all
+# make run        serve the shipped model, with a playground (creates .venv and installs on the first start)
+# make test       install what the tests need and run them all; those of the playground need Debian's chromium,
+#                 that of OpenAI's client for Node needs npm, and they skip without
 # make test-fast  the tests that are not marked slow, under a minute
 # make check      formatting, lint, types, fast tests
 # make bench      measure this machine against Transformers
@@ -22,9 +23,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DELETE_ON_ERROR:
 
 run: .venv/installed
-	@$(BIN)/minimax-m1 chat
+	@$(BIN)/minimax-m1 serve
 
-test: .venv/installed-dev
+test: .venv/installed-dev .venv/installed-node
 	$(PYTEST) -n 2
 
 test-fast: .venv/installed-dev
@@ -42,7 +43,7 @@ bench: .venv/installed-dev
 	$(BIN)/minimax-m1 bench
 
 clean:
-	rm -rf .venv build dist *.egg-info minimax_m1/kernels/_compiled.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv tests/server/node/node_modules build dist *.egg-info minimax_m1/kernels/_compiled.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -59,4 +60,9 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# OpenAI's client for Node, which one test drives; without npm that test skips.
+.venv/installed-node: tests/server/node/package-lock.json | .venv/bin/python
+	@if command -v npm >/dev/null; then npm ci --no-fund --no-audit --prefix tests/server/node; fi
 	@touch $@

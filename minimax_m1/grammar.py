@@ -57,30 +57,41 @@ class GrammarCompiler:
         Raises:
             UserError: the grammar cannot be read, has parts that are not supported, or matches nothing.
         """
+        compiled = self.prepare(params)
+        if compiled is None:
+            return None
+        assert self._tokens is not None
+        eos_ids = () if params.ignore_eos else [token for token in eos_ids if token < self._vocab_size]
+        with self._lock:
+            own = compiled.deep_copy()
+        return Matcher(own, self._tokens, self._vocab_size, self._tokenizer.eos_token_id, eos_ids)
+
+    def prepare(self, params: SamplingParams) -> LLMatcher | None:
+        """Compile the form that parameters ask for, and keep it: the slow part of `matcher`, which waits for nobody.
+
+        Raises:
+            UserError: as `matcher`.
+        """
         if params.structured is None and not params.forced_tools:
             return None
-        eos_ids = () if params.ignore_eos else [token for token in eos_ids if token < self._vocab_size]
         with self._lock:
             if self._backend is None or self._tokens is None:
                 self._backend, self._tokens = _read_tokenizer(self._tokenizer)
-            field, grammar = self._write_grammar(params)
-            if grammar not in self._compiled:
-                self._check(field, grammar)
-                self._compiled[grammar] = self._compile(grammar)
-            compiled = self._compiled[grammar] = self._compiled.pop(grammar)
+        forms = _forms(params)
+        grammar = forms[-1][1]
+        with self._lock:
+            compiled = self._compiled.pop(grammar, None)
+            if compiled is not None:
+                self._compiled[grammar] = compiled
+                return compiled
+        for field, form in forms:
+            self._check(field, form)
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
             if len(self._compiled) > MOST_KEPT:
                 del self._compiled[next(iter(self._compiled))]
-            return Matcher(compiled.deep_copy(), self._tokens, self._vocab_size, self._tokenizer.eos_token_id, eos_ids)
-
-    def _write_grammar(self, params: SamplingParams) -> tuple[str, str]:
-        """Return the field that asks for a form, and the form in llguidance's notation."""
-        if params.structured is not None:
-            return _write_structured(params.structured)
-        for index, tool in enumerate(params.tools):
-            schema = _arguments_schema(tool)
-            if tool in params.forced_tools:
-                self._check(f"tools[{index}].parameters", _json_grammar(schema, _TEMPLATE_LAYOUT))
-        return "tools", _write_calls(params)
+        return compiled
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -96,6 +107,18 @@ class GrammarCompiler:
             error = "no text matches it" if matcher.is_error() else ""
         if error:
             raise UserError(f"{field}: cannot be used: {error}")
+
+
+def _forms(params: SamplingParams) -> list[tuple[str, str]]:
+    """Return the form in llguidance's notation, last, with the field that asks for it; before it its parts."""
+    if params.structured is not None:
+        return [_write_structured(params.structured)]
+    parts = [
+        (f"tools[{index}].parameters", _json_grammar(_arguments_schema(tool), _TEMPLATE_LAYOUT))
+        for index, tool in enumerate(params.tools)
+        if tool in params.forced_tools
+    ]
+    return [*parts, ("tools", _write_calls(params))]
 
 
 class TokenTables:

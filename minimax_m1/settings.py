@@ -129,7 +129,7 @@ class ServeSettings(ModelSettings, EngineSettings):
     dynamic_batching: bool = option(True, "let requests join and leave at every step; without, one runs at a time")
     max_queue_size: int = option(256, "outputs that may wait beyond those that run; a request above gets 503")
     max_body_bytes: int = option(32 << 20, "most bytes of a request")
-    thinking_budget: int | None = option(None, "most tokens of thinking where a request says nothing [default: no limit]")
+    thinking_budget: int | None = option(None, "most tokens of thinking, if a request does not say [default: no limit]")
     drain_seconds: float = option(30.0, "after SIGTERM, time for requests in flight to end before they are aborted")
     cors_origins: tuple[str, ...] = option((), "web origins that browsers may call from, such as https://a.example")
     access_log: bool = option(True, "one line of JSON on stderr for every request")

@@ -193,6 +193,15 @@ class Engine:
             raise UserError(f"{field}: cannot be used, for this engine was made without a tokenizer")
         return self.tokenizer
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Do in any thread what of `add` takes long: compile the form that the parameters ask for, and keep it.
+
+        Raises:
+            UserError: a form that cannot be used.
+        """
+        if self._grammars is not None:
+            self._grammars.prepare(params)
+
     def _make_sequence(self, name: str, index: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         continuation = Continuation(
             params,

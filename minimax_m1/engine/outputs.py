@@ -57,6 +57,18 @@ class Delta:
     result: GenerationResult | None = None  # in the last delta
 
 
+def joined(first: Delta, second: Delta) -> Delta:
+    """Return two deltas of one output that follow each other as one."""
+    return Delta(
+        first.request_id,
+        first.index,
+        first.token_ids + second.token_ids,
+        first.text + second.text,
+        first.logprobs + second.logprobs,
+        second.result,
+    )
+
+
 def make_result(sequence: Sequence) -> GenerationResult:
     """Return the result of a sequence that has ended."""
     continuation = sequence.continuation

@@ -28,6 +28,11 @@ from minimax_m1.server.service import Service
 from minimax_m1.settings import EngineSettings, ServeSettings
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
+if sys.platform == "win32":
+    uvloop = None
+else:
+    import uvloop
+
 logger = logging.getLogger("minimax_m1.server")
 
 HEADER_SECONDS = 30.0  # for a request's headers to arrive in
@@ -71,7 +76,8 @@ def serve(settings: ServeSettings) -> None:
         is_shipped=settings.model is None,
     )
     _print_banner(service, listener)
-    asyncio.run(_serve(service, listener))
+    run = asyncio.run if uvloop is None else uvloop.run
+    run(_serve(service, listener))
     if service.failed:
         sys.exit(1)
 
@@ -222,4 +228,3 @@ def _print_banner(service: Service, listener: socket.socket) -> None:
         f"{service.engine.model.device} with {torch.get_num_threads()} threads. Ctrl-C stops.",
         flush=True,
     )
-

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from minimax_m1.errors import UserError
@@ -32,8 +32,8 @@ router = APIRouter()
 class StreamOptions(Body):
     """What a stream carries beside the text."""
 
-    include_usage: bool | None = Field(None, description="a last chunk with the usage and no choices")
-    continuous_usage_stats: bool | None = Field(None, description="the usage so far in every chunk")
+    include_usage: bool | None = Field(default=None, description="a last chunk with the usage and no choices")
+    continuous_usage_stats: bool | None = Field(default=None, description="the usage so far in every chunk")
     include_obfuscation: Literal[False] | None = None
 
 
@@ -237,16 +237,16 @@ def _first_choice(index: int) -> dict[str, Any]:
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 
-def _chunk_choices(
-    service: Service, body: ChatRequest, gain: Gain, answers: list[Answer]
-) -> list[dict[str, Any]]:
+def _chunk_choices(service: Service, body: ChatRequest, gain: Gain, answers: list[Answer]) -> list[dict[str, Any]]:
     """Return the choices of the chunks that carry a gain: one an event, then the end."""
     answer = answers[gain.choice]
     deltas = _event_deltas(body, gain, first_call=len(answer.tool_calls) - len(gain.call_ids))
     has_news = (body.logprobs and gain.delta.logprobs) or (body.return_token_ids and gain.delta.token_ids)
     if (has_news and not deltas) or gain.delta.result is not None:
         deltas.append({})
-    choices = [{"index": gain.choice, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas]
+    choices: list[dict[str, Any]] = [
+        {"index": gain.choice, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas
+    ]
     if choices and body.logprobs and gain.delta.logprobs:
         content = chat_logprobs(service, gain.delta.logprobs, body.top_logprobs or 0)
         choices[0]["logprobs"] = {"content": content, "refusal": None}

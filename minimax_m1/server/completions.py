@@ -60,7 +60,9 @@ class CompletionRequest(SamplingFields):
         if self.stream_options is not None and not self.stream:
             raise UserError("stream_options: cannot be used; accepted with stream: true")
         if self.stream and self.echo and self.logprobs is not None:
-            raise UserError("logprobs: cannot be streamed with echo; accepted without stream, or without one of the two")
+            raise UserError(
+                "logprobs: cannot be streamed with echo; accepted without stream, or without one of the two"
+            )
         if self.max_tokens == 0 and not self.echo:
             raise UserError("max_tokens: 0 cannot be used; accepted: a whole number of at least 1, or 0 with echo")
 
@@ -141,7 +143,9 @@ async def _stream(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator
                 choice = _empty_choice(index)
                 if not has_begun[index]:
                     has_begun[index] = True
-                    events.append({**choice, "text": service.tokenizer.decode(exchange.prompts[index // exchange.params.n])})
+                    events.append(
+                        {**choice, "text": service.tokenizer.decode(exchange.prompts[index // exchange.params.n])}
+                    )
                 if not body.only_scores:
                     choice["text"] = delta.text
                     if body.logprobs is not None:
@@ -177,7 +181,7 @@ def _prompts(prompt: str | Sequence[Any]) -> list[str | list[int]]:
         return [prompt]
     if not prompt:
         raise UserError("prompt: is empty; accepted: a text or token ids, or several")
-    return [list(prompt)] if isinstance(prompt[0], int) else list(prompt)
+    return [[*prompt]] if isinstance(prompt[0], int) else [*prompt]
 
 
 def _envelope(service: Service) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class GenerateRequest(SamplingFields):
     """The body of POST /v1/minimax-m1/generate."""
 
     input: str = Field(description="what to say to the model")
-    max_output_tokens: int | None = Field(None, ge=1, description="thinking included; what the context leaves if absent")
+    max_output_tokens: int | None = Field(
+        None, ge=1, description="thinking included; what the context leaves if absent"
+    )
     context_window: int | None = Field(None, ge=2, description="most tokens of input and output together")
     raw: bool | None = Field(None, description="continue the input as it is, without the chat template")
     stream: bool | None = None

@@ -1,4 +1,4 @@
-"""What requests of all APIs have in common: how to draw, how to think, which form and which tools; as SamplingParams."""
+"""What requests of all APIs have in common: how to draw, how to think, in which form; as SamplingParams."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class SamplingFields(ThinkingFields):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def sampling(self, service: Service, max_tokens: int | None, names: Mapping[str, str] = {}, **more: Any) -> SamplingParams:  # noqa: B006 - not modified
+    def sampling(
+        self, service: Service, max_tokens: int | None, names: Mapping[str, str] | None = None, **more: Any
+    ) -> SamplingParams:
         """Return the parameters for the engine.
 
         Args:
@@ -184,7 +186,7 @@ class SamplingFields(ThinkingFields):
         try:
             return SamplingParams.parse({name: value for name, value in values.items() if value is not None})
         except UserError as error:
-            raise renamed(error, {"max_new_tokens": "max_tokens", **names}) from None
+            raise renamed(error, {"max_new_tokens": "max_tokens", **(names or {})}) from None
 
     @property
     def routing(self) -> bool | Literal["tokens"]:

@@ -1,4 +1,4 @@
-"""What all routes share: `Service`, the engine with its accounts and metrics; and `Exchange`, one request through it."""
+"""What all routes share: `Service`, the engine with accounts and metrics; and `Exchange`, one request through it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastapi import Request
 from minimax_m1 import accounting
 from minimax_m1.engine import AsyncEngine, Delta, Engine, GenerationResult
 from minimax_m1.engine.async_engine import DeltaStream
+from minimax_m1.engine.outputs import joined
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.server.accounts import Accounts, Admission, Key, Used
@@ -192,6 +193,8 @@ class Exchange:
     async def __aenter__(self) -> Exchange:
         service = self.service
         self._check_room()
+        if self.params.structured is not None or self.params.forced_tools:
+            await asyncio.to_thread(service.engine.prepare, self.params)  # or all others would wait for a large grammar
         self._admission = service.accounts.admit(self.caller.key, sum(map(len, self.prompts)))
         service.exchanges.add(self)
         self._timelines = [service.metrics.begin(len(prompt)) for prompt in self.prompts]
@@ -207,10 +210,12 @@ class Exchange:
         if service.async_engine.error is not None:
             raise ApiError(503, "the engine has stopped; the server is about to end")
         if service.draining:
-            raise ApiError(503, "the server is about to stop", retry_after=max(1, round(service.settings.drain_seconds)))
+            raise ApiError(
+                503, "the server is about to stop", retry_after=max(1, round(service.settings.drain_seconds))
+            )
         if self.num_outputs > service.max_outputs:
             raise UserError(
-                f"n: {self.num_outputs} outputs in all are too many; accepted: up to {service.max_outputs} on this server"
+                f"n: {self.num_outputs} outputs in all are too many; accepted: up to {service.max_outputs} here"
             )
         if service.num_outputs + self.num_outputs > service.max_outputs:
             raise ApiError(503, f"{service.num_outputs} outputs run or wait already; come again later", retry_after=1)
@@ -224,13 +229,14 @@ class Exchange:
         assert self._stream is not None
         places = {name: i for i, name in enumerate(self._stream.request_ids)}
         while deltas := await self._stream.take():
-            gains = []
+            gains: dict[int, Delta] = {}
             for delta in deltas:
                 prompt = places[delta.request_id]
                 choice = prompt * self.params.n + delta.index
                 self._count(prompt, choice, delta)
-                gains.append((choice, delta))
-            yield gains
+                # Who cannot follow gets several steps at once, so that a busy server spends less on each.
+                gains[choice] = joined(gains[choice], delta) if choice in gains else delta
+            yield list(gains.items())
             if self._aborted:
                 raise ApiError(503, "the server had to stop before this was complete", code="aborted")
 
@@ -252,7 +258,9 @@ class Exchange:
         if self._stream is not None:
             self._stream.abort()
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if len(self.results) < self.num_outputs:
             reason = "abort"
         else:
