@@ -42,7 +42,8 @@ routing logs, over one continuously batching engine."""
 
 def create_app(service: Service) -> FastAPI:
     """Return the ASGI application of a service; it does not close the service."""
-    app = FastAPI(title="minimax-m1", version=__version__, description=DESCRIPTION, docs_url="/docs", redoc_url=None)
+    # FastAPI's own pages for people load their scripts from elsewhere; /openapi.json is ours alone.
+    app = FastAPI(title="minimax-m1", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.service = service
     for module in (chat, completions, responses, messages, native, tokens, usage, status, playground):
         app.include_router(module.router)
@@ -222,8 +223,7 @@ def _print_banner(service: Service, listener: socket.socket) -> None:
     print(
         f"{service.model_name} is served at\n\n"
         f"    http://{shown}:{port}        playground\n"
-        f"    http://{shown}:{port}/v1     for OpenAI's and Anthropic's clients, with {key}\n"
-        f"    http://{shown}:{port}/docs   every route\n\n"
+        f"    http://{shown}:{port}/v1     for OpenAI's and Anthropic's clients, with {key}\n\n"
         f"Contexts of up to {plan.max_model_len:,} tokens, {plan.num_slots} requests at once, on "
         f"{service.engine.model.device} with {torch.get_num_threads()} threads. Ctrl-C stops.",
         flush=True,

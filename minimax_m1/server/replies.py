@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+SEND_SECONDS = 60.0  # that a client may let a stream wait before it counts as gone
 DONE = b"data: [DONE]\n\n"  # the end of a stream in OpenAI's API
 
 
@@ -95,7 +96,11 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send, scope: anyio.CancelScope) -> None:
         async for events in self._events:
-            await send({"type": "http.response.body", "body": events, "more_body": True})
+            with anyio.move_on_after(SEND_SECONDS) as limit:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+            if limit.cancelled_caught:
+                scope.cancel()
+                return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         scope.cancel()
 
