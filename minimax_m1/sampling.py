@@ -454,7 +454,8 @@ def describe_token(
     ids = np.flatnonzero(row >= least)
     ids = ids[np.argsort(-row[ids], kind="stable")][:top]
     shift = logprob - float(row[token])
-    best = tuple((int(i), float(row[i]) + shift) for i in ids if row[i] > -np.inf)
+    # the token's own value as it stands, for (a + b) - b is not always a
+    best = tuple((int(i), logprob if i == token else float(row[i]) + shift) for i in ids if row[i] > -np.inf)
     return TokenLogprob(token, logprob, rank, best)
 
 

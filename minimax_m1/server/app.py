@@ -190,7 +190,10 @@ def _open_accounts(settings: ServeSettings) -> Accounts:
     if database is None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         database = Path(state) / "minimax-m1" / "usage.sqlite"
-        database.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"usage_db: {database.parent} cannot be made: {error.strerror}; give --usage-db") from None
     return Accounts(keys, prices, database)
 
 

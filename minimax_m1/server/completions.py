@@ -111,7 +111,7 @@ async def completions(
     prompts = [await service.encode(p) if isinstance(p, str) else p for p in _prompts(body.prompt)]
     for prompt in prompts:
         check_context(service, len(prompt), body.most_tokens)
-    exchange = service.open(caller, ROUTE, prompts, params, body.routing)
+    exchange = service.open(caller, ROUTE, prompts, params, body.routing, only_scores=body.only_scores)
     if not body.stream:
         return JsonReply(await unless_left(request, lambda: _complete(exchange, body)))
     await exchange.__aenter__()

@@ -39,7 +39,7 @@ _ANTHROPIC_TYPES = {
     501: "api_error",
     503: "overloaded_error",
 }
-_FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*)(?:: | = )")  # what a UserError's message begins with
+_FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*)(?:, [\w.]+)*(?:: | = )")  # what a UserError's message begins with
 
 
 class ErrorBody(BaseModel):
@@ -120,7 +120,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QuotaExceeded):
-        return ApiError(429, error.message, code="rate_limit_exceeded", retry_after=error.retry_after)
+        told = ApiError(429, error.message, code="rate_limit_exceeded", retry_after=error.retry_after)
+        if not error.fits_later:
+            told.headers = {**(told.headers or {}), "x-should-retry": "false"}  # which the official clients heed
+        return told
     if isinstance(error, UserError):
         message = str(error)
         field = _FIELD.match(message)

@@ -139,9 +139,19 @@ class Service:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         routing_log: RoutingLog = False,
+        *,
+        only_scores: bool = False,
     ) -> Exchange:
-        """Return the exchange of a request, to be entered with `async with`."""
-        return Exchange(self, caller, route, prompts, params, routing_log)
+        """Return the exchange of a request, to be entered with `async with`.
+
+        Args:
+            route: its path, for the books.
+            prompts: ids of each.
+            params: for all of them.
+            routing_log: see `Engine.add`.
+            only_scores: the prompts are all that is wanted; what the engine has to add to them costs nothing.
+        """
+        return Exchange(self, caller, route, prompts, params, routing_log, only_scores)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; give those in flight some time, then abort them."""
@@ -177,12 +187,13 @@ class Exchange:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         routing_log: RoutingLog,
+        only_scores: bool,
     ) -> None:
         self.service, self.caller, self.route = service, caller, route
         self.prompts, self.params = prompts, params
         self.results: dict[int, GenerationResult] = {}  # by choice, as they end
         self.num_outputs = params.n * len(prompts)
-        self._routing_log = routing_log
+        self._routing_log, self._only_scores = routing_log, only_scores
         self._num_tokens = [0] * self.num_outputs
         self._started = time.monotonic()
         self._admission: Admission | None = None
@@ -244,7 +255,7 @@ class Exchange:
         timeline = self._timelines[prompt]
         if delta.token_ids:
             timeline.tokens(delta.index, len(delta.token_ids))
-            self._num_tokens[choice] += len(delta.token_ids)
+            self._num_tokens[choice] += 0 if self._only_scores else len(delta.token_ids)
         if delta.result is not None:
             self.results[choice] = delta.result
             usage = delta.result.usage
@@ -306,7 +317,7 @@ class Exchange:
             outputs = self._num_tokens[i * n : (i + 1) * n]
             prompt_tokens += len(prompt)
             cached_tokens += cached
-            reasoning_tokens += sum(result.usage.reasoning_tokens for result in results)
+            reasoning_tokens += 0 if self._only_scores else sum(result.usage.reasoning_tokens for result in results)
             cost += self.service.accounts.prices.cost(len(prompt), cached, sum(outputs))
             flops += accounting.prefill_flops(config, len(prompt) - cached, past_len=cached)
             # the first token comes from the prompt's own run, and the last one is never run

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from minimax_m1.errors import UserError
-from minimax_m1.server.accounts import Key, Period
+from minimax_m1.server.accounts import Key
 from minimax_m1.server.errors import ERROR_REPLIES, ApiError
+from minimax_m1.server.ledger import Period
 from minimax_m1.server.service import Service, get_key, get_service
 
 router = APIRouter()

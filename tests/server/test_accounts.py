@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from minimax_m1.engine import Engine
 from minimax_m1.errors import UserError
 from minimax_m1.server import accounts as accounts_module
+from minimax_m1.server import ledger as ledger_module
 from minimax_m1.server.accounts import (
     ANONYMOUS,
     DAY,
@@ -605,7 +606,7 @@ def test_nothing_that_a_client_sends_spoils_a_batch() -> None:
 
 
 def test_too_many_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts_module, "MAX_USAGE_ROWS", 2)
+    monkeypatch.setattr(ledger_module, "MAX_USAGE_ROWS", 2)
     clock = Clock()
     with opened([], DEFAULT_PRICES, None, clock=clock) as accounts:
         for _ in range(3):
@@ -645,7 +646,7 @@ def test_the_event_loop_settles_and_close_writes_all(tmp_path: Path) -> None:
 
 
 def test_without_a_file_the_last_requests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts_module, "MAX_MEMORY_ROWS", 10)
+    monkeypatch.setattr(ledger_module, "MAX_MEMORY_ROWS", 10)
     with opened([], DEFAULT_PRICES, None) as accounts:
         for i in range(25):
             settle(accounts.admit(ANONYMOUS, i), used(i))
@@ -687,8 +688,8 @@ def test_two_servers_share_a_file(tmp_path: Path) -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Waits of a twentieth of a second."""
-    monkeypatch.setattr(accounts_module, "BUSY_SECONDS", 0.05)
-    monkeypatch.setattr(accounts_module, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_module, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_module, "RETRY_SECONDS", 0.05)
     caplog.set_level(logging.INFO, "minimax_m1.server")
 
 
@@ -733,7 +734,7 @@ def test_a_locked_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 def test_what_waits_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(accounts_module, "MAX_WAITING_ROWS", 5)
+    monkeypatch.setattr(ledger_module, "MAX_WAITING_ROWS", 5)
     database = tmp_path / "usage.db"
     with opened([], DEFAULT_PRICES, database) as accounts:
         with locked(database):
@@ -771,7 +772,7 @@ def test_a_dead_connection_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptur
 def test_a_full_disk(tmp_path: Path) -> None:
     code = """
 import logging, pathlib, resource, sys
-from minimax_m1.server import accounts as module
+from minimax_m1.server import ledger as module
 from minimax_m1.server.accounts import ANONYMOUS, DEFAULT_PRICES, Accounts, Used
 module.RETRY_SECONDS = 0.01
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
