@@ -245,7 +245,8 @@ class Matcher:
 
 def _error_of(backend: LLMatcher) -> str:
     """Return what went wrong in one line; empty if nothing did."""
-    return " ".join(backend.get_error().split())[:500]
+    message = backend.get_error().partition("<backtrace>")[0]  # of a panic, whose place is nobody's business
+    return " ".join(message.split())[:500]
 
 
 def _unpack(bitmask: bytes) -> NDArray[np.bool_]:

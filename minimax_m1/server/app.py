@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ else:
 logger = logging.getLogger("minimax_m1.server")
 
 HEADER_SECONDS = 30.0  # for a request's headers to arrive in
+MAX_HEADER_BYTES = 64 << 10
 DESCRIPTION = """OpenAI's chat, completions and responses, Anthropic's messages, and MiniMax-M1's own generation with
 routing logs, over one continuously batching engine."""
 
@@ -120,22 +124,42 @@ class _Server(uvicorn.Server):
         )
         self._service = service
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at SIGTERM and Ctrl-C, and do not raise them again behind it, as uvicorn would: there is work left."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.drain(self._service.settings.drain_seconds)
         await super().shutdown(sockets)
 
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP, with a time by which a request's headers must have come."""
+    """HTTP, with a bound on a request's headers, and a time by which they must have come."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    _deadline: asyncio.TimerHandle | None = None  # None: they have
+    _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._deadline = self.loop.call_later(HEADER_SECONDS, transport.close)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._deadline is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+                self.transport.close()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._header_bytes = 0
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 

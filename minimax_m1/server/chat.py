@@ -16,11 +16,11 @@ from minimax_m1.server.answers import Answer, Gain, answer_gains, chat_logprobs,
 from minimax_m1.server.errors import ERROR_REPLIES, as_api_error, error_body, logger
 from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, unless_left
 from minimax_m1.server.requests import (
-    STRUCTURED_NAMES,
     Body,
     SamplingFields,
     Structured,
     check_context,
+    form_names,
     structured_output,
 )
 from minimax_m1.server.schemas import ChatCompletion
@@ -31,6 +31,8 @@ router = APIRouter()
 
 class StreamOptions(Body):
     """What a stream carries beside the text."""
+
+    inside = "stream_options."
 
     include_usage: bool | None = Field(default=None, description="a last chunk with the usage and no choices")
     continuous_usage_stats: bool | None = Field(default=None, description="the usage so far in every chunk")
@@ -106,7 +108,7 @@ class ChatRequest(SamplingFields):
         return self.sampling(
             service,
             self.most_tokens,
-            STRUCTURED_NAMES,
+            form_names(self.response_format),
             n=self.n,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             structured=self.form,
@@ -138,7 +140,9 @@ async def chat_completions(
         continue_final_message=bool(body.continue_final_message),
     )
     check_context(service, len(prompt), body.most_tokens)
-    exchange = service.open(caller, "/v1/chat/completions", [prompt], params, body.routing)
+    exchange = service.open(
+        caller, "/v1/chat/completions", [prompt], params, body.routing(service), form_names(body.response_format)
+    )
     if not body.stream:
         return JsonReply(await unless_left(request, lambda: _complete(exchange, body)))
     await exchange.__aenter__()  # before the first byte goes out, for then the status is fixed
@@ -155,7 +159,7 @@ async def _complete(exchange: Exchange, body: ChatRequest) -> dict[str, Any]:
         completion["usage"] = exchange.usage_dict()
         if body.return_token_ids:
             completion["prompt_token_ids"] = exchange.prompts[0]
-        if body.routing_log is not None:
+        if exchange.logs_routing:
             completion["routing"] = [exchange.routing_dict(i) for i in range(len(answers))]
         return completion
 
@@ -180,7 +184,7 @@ async def _stream(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes
                 yield b"".join(encode_event({**envelope, "choices": [choice], **usage}) for choice in chunks)
         if options.include_usage:
             last = {**envelope, "choices": [], "usage": exchange.usage_dict()}
-            if body.routing_log is not None:
+            if exchange.logs_routing:
                 last["routing"] = [exchange.routing_dict(i) for i in range(len(answers))]
             yield encode_event(last)
         yield DONE

@@ -19,10 +19,10 @@ from minimax_m1.server.chat import StreamOptions, failed_event
 from minimax_m1.server.errors import ERROR_REPLIES
 from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, unless_left
 from minimax_m1.server.requests import (
-    STRUCTURED_NAMES,
     SamplingFields,
     Structured,
     check_context,
+    form_names,
     structured_output,
 )
 from minimax_m1.server.schemas import Completion
@@ -37,9 +37,13 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="a text, in which special tokens are special, or token ids; or several"
-    )
+    # fail_fast: or a list of a million ids would be a million errors as a list of texts
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[list[int]], Field(fail_fast=True)]
+    ) = Field(description="a text, in which special tokens are special, or token ids; or several")
     max_tokens: int | None = Field(None, ge=0, description="16 if left out; 0 only with echo, to score a prompt")
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
@@ -85,7 +89,7 @@ class CompletionRequest(SamplingFields):
         return self.sampling(
             service,
             self.most_tokens,
-            STRUCTURED_NAMES,
+            form_names(self.response_format),
             n=self.n,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
@@ -108,10 +112,20 @@ async def completions(
     service.check_model(body.model)
     body.check()
     params = body.params(service)
-    prompts = [await service.encode(p) if isinstance(p, str) else p for p in _prompts(body.prompt)]
+    given = _prompts(body.prompt)
+    service.check_outputs(params.n, len(given))
+    prompts = [await service.encode(p) if isinstance(p, str) else p for p in given]
     for prompt in prompts:
-        check_context(service, len(prompt), body.most_tokens)
-    exchange = service.open(caller, ROUTE, prompts, params, body.routing, only_scores=body.only_scores)
+        check_context(service, len(prompt), body.most_tokens, prompt_field="prompt")
+    exchange = service.open(
+        caller,
+        ROUTE,
+        prompts,
+        params,
+        body.routing(service),
+        form_names(body.response_format),
+        only_scores=body.only_scores,
+    )
     if not body.stream:
         return JsonReply(await unless_left(request, lambda: _complete(exchange, body)))
     await exchange.__aenter__()
@@ -125,7 +139,7 @@ async def _complete(exchange: Exchange, body: CompletionRequest) -> dict[str, An
         completion = _envelope(exchange.service)
         completion["choices"] = [_choice(exchange, body, i) for i in range(exchange.num_outputs)]
         completion["usage"] = exchange.usage_dict()
-        if body.routing_log is not None:
+        if exchange.logs_routing:
             completion["routing"] = [exchange.routing_dict(i) for i in range(exchange.num_outputs)]
         return completion
 
@@ -163,7 +177,7 @@ async def _stream(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator
                 yield b"".join(encode_event({**envelope, "choices": [choice], **usage}) for choice in events)
         if options.include_usage:
             last = {**envelope, "choices": [], "usage": exchange.usage_dict()}
-            if body.routing_log is not None:
+            if exchange.logs_routing:
                 last["routing"] = [exchange.routing_dict(i) for i in range(exchange.num_outputs)]
             yield encode_event(last)
         yield DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -107,7 +108,7 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
 
-def renamed(error: UserError, names: dict[str, str]) -> UserError:
+def renamed(error: UserError, names: Mapping[str, str]) -> UserError:
     """Return a UserError that speaks of a client's fields instead of ours: `names` is ours -> theirs."""
     message = str(error)
     for ours, theirs in names.items():
@@ -133,7 +134,11 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ClientLeftError):
         return ApiError(499, "the client has left")  # only the log sees it; the status is nginx's
     if isinstance(error, HTTPException):  # from the framework: unknown routes, wrong methods, broken bodies
-        return ApiError(error.status_code, str(error.detail))
+        told = ApiError(error.status_code, str(error.detail))
+        told.headers = error.headers
+        return told
+    if isinstance(error, RecursionError):
+        return ApiError(400, "body: is nested too deeply")
     return ApiError(500, "the server has failed; its log has the reason under this request's id")
 
 
@@ -152,6 +157,8 @@ def error_reply(error: ApiError, path: str, request_id: str) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status_code in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not wanted
     return JsonReply(error_body(error, path, request_id), error.status_code, headers)
 
 
@@ -161,7 +168,15 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return error_reply(as_api_error(error), request.url.path, request.state.caller.request_id)
 
-    for kind in (HTTPException, RequestValidationError, UserError, QuotaExceeded, ClientLeftError, Exception):
+    for kind in (
+        HTTPException,
+        RequestValidationError,
+        UserError,
+        QuotaExceeded,
+        ClientLeftError,
+        RecursionError,
+        Exception,
+    ):
         app.add_exception_handler(kind, answer)
 
 

@@ -64,12 +64,13 @@ async def generate(
     """Answer one input."""
     service.check_model(body.model)
     if body.raw:
-        prompt = await service.encode(body.input)
+        prompt = await service.encode(body.input, "input")
     else:
         prompt = await service.chat_prompt([{"role": "user", "content": body.input}])
     max_tokens = body.most_tokens(service, len(prompt))
-    params = body.sampling(service, max_tokens, {"max_new_tokens": "max_output_tokens"})
-    exchange = service.open(caller, ROUTE, [prompt], params, body.routing or True)
+    names = {"max_new_tokens": "max_output_tokens", "prompt": "input"}
+    params = body.sampling(service, max_tokens, names)
+    exchange = service.open(caller, ROUTE, [prompt], params, body.routing(service) or True, names)
     if not body.stream:
         return JsonReply(await unless_left(request, lambda: _complete(exchange)))
     await exchange.__aenter__()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -47,6 +48,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    inside: ClassVar[str] = ""  # the field that holds this object, with a dot, for messages
+
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
@@ -54,17 +57,38 @@ class Body(BaseModel):
             return values
         values = {name: value for name, value in values.items() if value is not None}
         known = {info.alias or name for name, info in cls.model_fields.items()}
-        for name in values:
+        for name, value in values.items():
+            place = f"{cls.inside}{name}"
             if name not in known:
                 instead = UNSUPPORTED.get(name)
                 hint = nearest(name, sorted(known)) if instead is None else f"; {instead}"
                 what = "is not known here" if instead is None else "is not supported"
-                raise ApiError(400, f"{name}: {what}{hint}", param=name, code="unknown_parameter")
+                raise ApiError(400, f"{place}: {what}{hint}", param=place, code="unknown_parameter")
+            if isinstance(value, str | list | dict):
+                _check_text(place, value)
         return values
+
+
+def _check_text(place: str, value: str | list[Any] | dict[str, Any]) -> None:
+    """Refuse what Python's JSON reader takes and JSON has not: NaN, infinities, and halves of surrogate pairs.
+
+    Raises:
+        ApiError: naming the field.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{place}: holds half of a surrogate pair; accepted: Unicode text", param=place) from None
+    except ValueError:
+        raise ApiError(400, f"{place}: holds NaN or an infinity; accepted: JSON", param=place) from None
+    except RecursionError:
+        raise ApiError(400, f"{place}: is nested too deeply", param=place) from None
 
 
 class Structured(Body):
     """The form of the content, in vLLM's spelling: exactly one field."""
+
+    inside = "structured_outputs."
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
@@ -145,7 +169,7 @@ class SamplingFields(ThinkingFields):
     )
     # for the client's own books; nothing here depends on them
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = Field(None, max_length=16)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -188,14 +212,26 @@ class SamplingFields(ThinkingFields):
         except UserError as error:
             raise renamed(error, {"max_new_tokens": "max_tokens", **(names or {})}) from None
 
-    @property
-    def routing(self) -> bool | Literal["tokens"]:
-        """What the engine is to record."""
-        return "tokens" if self.routing_log == "tokens" else self.routing_log == "summary"
+    def routing(self, service: Service) -> bool | Literal["tokens"]:
+        """Return what the engine is to record: what is asked for, or else what the server does for everybody."""
+        if self.routing_log is None:
+            return service.settings.routing_log
+        return "tokens" if self.routing_log == "tokens" else True
 
 
-def check_context(service: Service, prompt_len: int, max_tokens: int | None, *, field: str = "max_tokens") -> None:
+def check_context(
+    service: Service,
+    prompt_len: int,
+    max_tokens: int | None,
+    *,
+    field: str = "max_tokens",
+    prompt_field: str = "messages",
+) -> None:
     """Refuse what does not fit into the context.
+
+    Args:
+        field: the client's name of `max_tokens`.
+        prompt_field: the client's name of the prompt.
 
     Raises:
         ApiError: 400, with OpenAI's code for it.
@@ -204,8 +240,8 @@ def check_context(service: Service, prompt_len: int, max_tokens: int | None, *, 
     if prompt_len >= most:
         raise ApiError(
             400,
-            f"prompt: {prompt_len} tokens are too many; accepted: up to {most - 1}, as the context has {most}",
-            param="prompt",
+            f"{prompt_field}: {prompt_len} tokens are too many; accepted: up to {most - 1}, as the context has {most}",
+            param=prompt_field,
             code="context_length_exceeded",
         )
     if max_tokens is not None and prompt_len + max_tokens > most:
@@ -231,14 +267,26 @@ def structured_output(
         return form
     if form is not None:
         raise UserError("structured_outputs: cannot be used with response_format; accepted: one of the two")
-    given = structured.model_dump(exclude_none=True)
+    given = {name: value for name, value in structured.model_dump().items() if value is not None}
+    if len(given) != 1:
+        names = ", ".join(info.alias or name for name, info in Structured.model_fields.items())
+        raise UserError(f"structured_outputs: {sorted(given)} cannot be used; accepted: exactly one of {names}")
     try:
         return StructuredOutput.parse(given)
     except UserError as error:
         raise renamed(error, STRUCTURED_NAMES) from None
 
 
-# Our names of the forms -> vLLM's.
+def form_names(response_format: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return our names of the forms -> the client's, for messages."""
+    return STRUCTURED_NAMES if response_format is None else RESPONSE_FORMAT_NAMES
+
+
+RESPONSE_FORMAT_NAMES = {
+    "structured.json_schema": "response_format.json_schema",
+    "structured.json_object": "response_format",
+}
+# vLLM's.
 STRUCTURED_NAMES = {"structured.json_schema": "structured_outputs.json"} | {
     f"structured.{name}": f"structured_outputs.{name}" for name in ("json_object", "regex", "choice", "grammar")
 }

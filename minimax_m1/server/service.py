@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -18,8 +18,9 @@ from minimax_m1.engine.outputs import joined
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.server.accounts import Accounts, Admission, Key, Used
-from minimax_m1.server.errors import ApiError, nearest
+from minimax_m1.server.errors import ApiError, nearest, renamed
 from minimax_m1.server.metrics import Metrics, Timeline
+from minimax_m1.server.response_store import ResponseStore
 from minimax_m1.settings import ServeSettings
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
@@ -67,6 +68,7 @@ class Service:
         self.draining = False
         self.failed = False  # the engine ended by itself
         self.exchanges: set[Exchange] = set()  # with the engine now
+        self.responses = ResponseStore()
 
     @property
     def max_outputs(self) -> int:
@@ -92,6 +94,33 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_outputs(self, n: int, num_prompts: int) -> None:
+        """Refuse more outputs than this server can hold, before anything is made for them.
+
+        Raises:
+            UserError: naming the field.
+        """
+        if n * num_prompts > self.max_outputs:
+            field = "n" if n > 1 else "prompt"
+            raise UserError(
+                f"{field}: makes {n * num_prompts} outputs, which are too many; accepted: up to {self.max_outputs} here"
+            )
+
+    def check_length(self, num_chars: int, field: str) -> None:
+        """Refuse a text that cannot fit into the context however its tokens fall, before it is tokenized.
+
+        Raises:
+            ApiError: 400, with OpenAI's code for it.
+        """
+        most = self.engine.max_model_len * self.tokenizer.longest_token_bytes
+        if num_chars > most:
+            raise ApiError(
+                400,
+                f"{field}: {num_chars} characters are too many for a context of {self.engine.max_model_len} tokens",
+                param=field,
+                code="context_length_exceeded",
+            )
+
     async def chat_prompt(
         self,
         messages: Sequence[dict[str, Any]],
@@ -114,18 +143,20 @@ class Service:
                 continue_final_message=continue_final_message,
             )
 
-        is_long = sum(len(str(message.get("content"))) for message in messages if isinstance(message, dict)) > LONG_TEXT
-        return await asyncio.to_thread(render) if is_long else render()
+        size = sum(map(_num_chars, messages)) + _num_chars(tools)
+        self.check_length(size, "messages")
+        return await asyncio.to_thread(render) if size > LONG_TEXT else render()
 
-    async def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Return the ids of a text.
+    async def encode(self, text: str, field: str = "prompt") -> list[int]:
+        """Return the ids of a text in which special tokens are special; `field` is the client's name of it.
 
         Raises:
-            UserError: it holds half of a surrogate pair.
+            ApiError: it cannot fit into the context.
         """
+        self.check_length(len(text), field)
         if len(text) > LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, text, allow_special=allow_special)
-        return self.tokenizer.encode(text, allow_special=allow_special)
+            return await asyncio.to_thread(self.tokenizer.encode, text)
+        return self.tokenizer.encode(text)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return what each token adds to the text; one that ends within a character adds nothing yet."""
@@ -139,6 +170,7 @@ class Service:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         routing_log: RoutingLog = False,
+        names: Mapping[str, str] | None = None,
         *,
         only_scores: bool = False,
     ) -> Exchange:
@@ -149,9 +181,14 @@ class Service:
             prompts: ids of each.
             params: for all of them.
             routing_log: see `Engine.add`.
+            names: our fields' names -> the client's, for messages.
             only_scores: the prompts are all that is wanted; what the engine has to add to them costs nothing.
+
+        Raises:
+            UserError: more outputs than this server can hold.
         """
-        return Exchange(self, caller, route, prompts, params, routing_log, only_scores)
+        self.check_outputs(params.n, len(prompts))
+        return Exchange(self, caller, route, prompts, params, routing_log, names or {}, only_scores)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; give those in flight some time, then abort them."""
@@ -187,13 +224,14 @@ class Exchange:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         routing_log: RoutingLog,
+        names: Mapping[str, str],
         only_scores: bool,
     ) -> None:
         self.service, self.caller, self.route = service, caller, route
         self.prompts, self.params = prompts, params
         self.results: dict[int, GenerationResult] = {}  # by choice, as they end
         self.num_outputs = params.n * len(prompts)
-        self._routing_log, self._only_scores = routing_log, only_scores
+        self._routing_log, self._names, self._only_scores = routing_log, names, only_scores
         self._num_tokens = [0] * self.num_outputs
         self._started = time.monotonic()
         self._admission: Admission | None = None
@@ -204,8 +242,16 @@ class Exchange:
     async def __aenter__(self) -> Exchange:
         service = self.service
         self._check_room()
-        if self.params.structured is not None or self.params.forced_tools:
-            await asyncio.to_thread(service.engine.prepare, self.params)  # or all others would wait for a large grammar
+        try:
+            if self.params.structured is not None or self.params.forced_tools:
+                await asyncio.to_thread(service.engine.prepare, self.params)  # or all would wait for a large grammar
+            await self._begin()
+        except UserError as error:
+            raise renamed(error, self._names) from None
+        return self
+
+    async def _begin(self) -> None:
+        service = self.service
         self._admission = service.accounts.admit(self.caller.key, sum(map(len, self.prompts)))
         service.exchanges.add(self)
         self._timelines = [service.metrics.begin(len(prompt)) for prompt in self.prompts]
@@ -214,7 +260,6 @@ class Exchange:
         except BaseException:
             self._end("error")
             raise
-        return self
 
     def _check_room(self) -> None:
         service = self.service
@@ -223,10 +268,6 @@ class Exchange:
         if service.draining:
             raise ApiError(
                 503, "the server is about to stop", retry_after=max(1, round(service.settings.drain_seconds))
-            )
-        if self.num_outputs > service.max_outputs:
-            raise UserError(
-                f"n: {self.num_outputs} outputs in all are too many; accepted: up to {service.max_outputs} here"
             )
         if service.num_outputs + self.num_outputs > service.max_outputs:
             raise ApiError(503, f"{service.num_outputs} outputs run or wait already; come again later", retry_after=1)
@@ -288,9 +329,6 @@ class Exchange:
         """Book what ran. The caller sees it in the access log."""
         self.service.exchanges.discard(self)
         used = None if self._stream is None else self.used()
-        if self._stream is None:
-            for timeline in self._timelines:
-                timeline.leave()
         assert self._admission is not None
         seconds = time.monotonic() - self._started
         self._admission.settle(
@@ -303,6 +341,11 @@ class Exchange:
                 "completion_tokens": used.completion_tokens,
                 "finish_reason": reason,
             }
+
+    @property
+    def logs_routing(self) -> bool:
+        """Whether its answers are to say which experts they went to."""
+        return self._routing_log is not False
 
     # -- what it cost -----------------------------------------------------------------------------------------------
 
@@ -359,6 +402,15 @@ class Exchange:
             experts = rows[len(rows) - len(ids) :]
             log["tokens"] = [{"text": text, "experts": row} for text, row in zip(texts, experts, strict=True)]
         return log
+
+
+def _num_chars(value: Any) -> int:
+    """Return the characters of all texts in lists and dicts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_chars, value.values()))
+    return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
 def get_service(request: Request) -> Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ async def version() -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: AnyService) -> Response:
     """Return the metrics for Prometheus."""
-    body, content_type = service.metrics.render()
+    body, content_type = await asyncio.to_thread(service.metrics.render)  # milliseconds
     return Response(body, headers={"Content-Type": content_type})
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from minimax_m1.errors import UserError
-from minimax_m1.server.errors import ERROR_REPLIES
+from minimax_m1.server.errors import ERROR_REPLIES, renamed
 from minimax_m1.server.replies import JsonReply
 from minimax_m1.server.requests import Body
 from minimax_m1.server.schemas import Detokenized, Tokenized
@@ -68,6 +68,11 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(ge
 async def detokenize(body: DetokenizeRequest, service: Annotated[Service, Depends(get_service)]) -> Response:
     """Return the text of ids."""
     service.check_model(body.model)
-    if len(body.tokens) > LONG_TEXT:
-        return JsonReply({"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)})
-    return JsonReply({"prompt": service.tokenizer.decode(body.tokens)})
+    try:
+        if len(body.tokens) > LONG_TEXT:
+            text = await asyncio.to_thread(service.tokenizer.decode, body.tokens)
+        else:
+            text = service.tokenizer.decode(body.tokens)
+    except UserError as error:
+        raise renamed(error, {"token id": "tokens"}) from None
+    return JsonReply({"prompt": text})

@@ -4,6 +4,7 @@ Ids are Python ints, 0 <= id < len(tokenizer); tensors of ids are int64. The `to
 and the merges; special tokens are found here, because whether a text may contain them is decided call by call.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _DEFAULT_SETTINGS: dict[str, Any] = {
     "thinking_close": "\n</think>\n\n",  # as M1 was trained
     "unk_token": UNK_TOKEN,
 }
+SLICE_CHARS = 1 << 14  # of a long text: some 10 ms of encoding
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(byte_characters())}
 
 
@@ -182,13 +184,13 @@ class MiniMaxM1Tokenizer:
             raise UserError(f"text = {text!r}: accepted is a str")
         try:
             if not allow_special or not self.added_tokens:
-                return self._backend.encode(text, add_special_tokens=False).ids
+                return self._encode_plain(text)
             ids: list[int] = []
             for index, piece in enumerate(self._special_pattern.split(text)):
                 if index % 2:
                     ids.append(self.added_tokens[piece])
                 elif piece:
-                    ids += self._backend.encode(piece, add_special_tokens=False).ids
+                    ids += self._encode_plain(piece)
             return ids
         except (UnicodeEncodeError, TypeError) as error:
             raise UserError(f"text = {text[:60]!r}: holds a lone surrogate") from error
@@ -284,11 +286,27 @@ class MiniMaxM1Tokenizer:
         for piece in safe_pieces(read_texts(source), special_tokens):
             yield self.encode(piece, allow_special=allow_special)
 
-    def _require_known_split(self) -> None:
-        # The safe places to cut were worked out for these two expressions.
+    def _encode_plain(self, text: str) -> list[int]:
+        """Encode a text without special tokens; a long one in slices, for other threads wait while one is encoded."""
+        if len(text) <= SLICE_CHARS or not self._has_known_split:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        slices = safe_pieces([text], chunk_chars=SLICE_CHARS)
+        return [token for s in slices for token in self._backend.encode(s, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _has_known_split(self) -> bool:
+        """Whether the safe places to cut, which were worked out for two expressions, hold here."""
         pieces = json.loads(self._backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
         patterns = [piece["pattern"].get("Regex") for piece in pieces if piece["type"] == "Split"]
-        if self._backend.normalizer is not None or patterns not in ([O200K_SPLIT], [SINGLE_DIGIT_SPLIT]):
+        return self._backend.normalizer is None and patterns in ([O200K_SPLIT], [SINGLE_DIGIT_SPLIT])
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """The most bytes that one token stands for."""
+        return max(len(self.token_bytes(token)) for token in self.get_vocab().values())
+
+    def _require_known_split(self) -> None:
+        if not self._has_known_split:
             raise UserError(
                 "stream = True: accepted only with the o200k pre-tokenizer; this tokenizer.json has another"
             )
