@@ -3,9 +3,12 @@
 Without a compiler that takes these flags the installation goes on without them (`minimax-m1 info` says so).
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
+
+MARCH = os.environ.get("MINIMAX_M1_MARCH", "native")  # by default for the machine that installs it
 
 setup(
     ext_modules=[
@@ -13,8 +16,8 @@ setup(
             "minimax_m1.kernels._compiled",
             sources=sorted(glob("minimax_m1/kernels/csrc/*.cpp")),
             depends=glob("minimax_m1/kernels/csrc/*.h"),
-            # for the machine that installs it; no -ffast-math: it would make the whole process flush denormals
-            extra_compile_args=["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno"],
+            # no -ffast-math: it would make the whole process flush denormals
+            extra_compile_args=["-std=c++17", "-O3", f"-march={MARCH}", "-fopenmp", "-fno-math-errno"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

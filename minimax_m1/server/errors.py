@@ -168,15 +168,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return error_reply(as_api_error(error), request.url.path, request.state.caller.request_id)
 
-    for kind in (
-        HTTPException,
-        RequestValidationError,
-        UserError,
-        QuotaExceeded,
-        ClientLeftError,
-        RecursionError,
-        Exception,
-    ):
+    for kind in (HTTPException, RequestValidationError, UserError, QuotaExceeded, ClientLeftError, RecursionError):
         app.add_exception_handler(kind, answer)
 
 

@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimax_m1.server.accounts import ANONYMOUS, Key
 from minimax_m1.server.answers import new_id
-from minimax_m1.server.errors import ApiError, error_reply
+from minimax_m1.server.errors import ApiError, as_api_error, error_reply
 from minimax_m1.server.service import Caller, Service
 
+logger = logging.getLogger("minimax_m1.server")
 access_log = logging.getLogger("minimax_m1.access")
 
 BODY_SECONDS = 60.0  # that a client may take between two pieces of its body
@@ -40,12 +41,12 @@ class Gate:
         key = self._key(scope, headers)
         caller = Caller(key or ANONYMOUS, given if _REQUEST_ID.fullmatch(given) else new_id("req"))
         scope.setdefault("state", {})["caller"] = caller
-        status = 499  # the client left before there was one
+        status, has_started = 499, False  # 499: the client left before there was one
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_started = message["status"], True
                 MutableHeaders(scope=message)["X-Request-Id"] = caller.request_id
             await send(message)
 
@@ -55,9 +56,11 @@ class Gate:
                 await error_reply(refusal, scope["path"], caller.request_id)(scope, receive, send_with_id)
             else:
                 await self._app(scope, self._limited(receive), send_with_id)
-        except Exception:
-            status = 500
-            raise
+        except Exception as error:
+            logger.exception("request %s failed", caller.request_id)
+            if has_started:
+                raise  # so that the connection ends, which tells the client
+            await error_reply(as_api_error(error), scope["path"], caller.request_id)(scope, receive, send_with_id)
         finally:
             self._log(scope, caller, status, time.monotonic() - started)
 
