@@ -58,7 +58,11 @@ class ResponseStore:
         """
         response = self._responses.get(name)
         if response is None or response.owner != owner:
-            raise ApiError(404, f"response_id: there is no response {name!r}; it may have gone to make room for others")
+            raise ApiError(
+                404,
+                f"response_id: there is no response {name!r}; it may have gone to make room for others",
+                param="response_id",
+            )
         return response
 
     def remove(self, name: str) -> None:
