@@ -1,7 +1,7 @@
 // The page: reads what is served, then puts the parts together: side bar, conversation, composer, panels, keys.
 
 import { Chat } from "./chat.js";
-import { deleteAll, deleteConversation, listConversations } from "./conversations.js";
+import { deleteAll, deleteConversation, listConversations, openHere } from "./conversations.js";
 import { compact, el, icon, iconButton, plural, whole } from "./dom.js";
 import { ExpertsView } from "./experts.js";
 import { Settings } from "./settings.js";
@@ -110,7 +110,9 @@ function showWelcome(info, ask, onKey) {
     button.addEventListener("click", () => ask(text));
     return button;
   });
-  const parts = [el("h2", {}, info.abilities ? `What should ${info.model} work out?` : "What would you like to know?"), el("p", { class: "about" }, about)];
+  const name = el("span", { class: "nowrap" }, info.model);
+  const title = info.abilities ? el("h2", {}, "What should ", name, " work out?") : el("h2", {}, "What would you like to know?");
+  const parts = [title, el("p", { class: "about" }, about)];
   if (info.needs_key && !apiKey.get()) parts.push(keyForm(onKey));
   parts.push(el("div", { class: "examples", role: "group", "aria-label": "Examples" }, ...examples));
   parts.push(el("p", { class: "small" }, "Under every answer, ", el("strong", {}, "Experts"), " shows which experts of the model worked on it, token by token."));
@@ -134,8 +136,8 @@ function keyForm(onKey) {
 function setUpConversations(chat) {
   const open = (id) => {
     chat.open(id);
-    if (!DOCKED.sidebar.matches) closePanel("sidebar");
-    $("input").focus();
+    if (DOCKED.sidebar.matches) $("input").focus();
+    else closePanel("sidebar", false); // without focus, which would bring up a phone's keyboard
   };
   $("new-conversation").addEventListener("click", () => open(null));
   $("delete-all").addEventListener("click", () => {
@@ -247,12 +249,15 @@ async function start() {
       $("context-text").textContent = `${whole(used ?? 0)} of ${plural(info.max_model_len, "token")}`;
       $("context-meter").value = (used ?? 0) / info.max_model_len;
       if (chat.isEmpty) closePanel("experts", false);
-      sessionStorage.setItem("minimax-m1/open", chat.conversation.id);
+      openHere(chat.conversation.id);
       listInto(chat);
     },
-    onExperts: (message, button) => {
-      experts.show(message.routing);
+    onExperts: (message, question, button) => {
+      experts.show(message.routing, question);
       openPanel("experts", button);
+    },
+    onDone: (message, question) => {
+      if (message.routing && isOpen("experts")) experts.show(message.routing, question);
     },
     onKey: () => settings.showKey(),
     onProblem: ({ field }) => {
@@ -274,7 +279,7 @@ async function start() {
     if (event.target === $("usage") || event.target.closest("[data-close]")) $("usage").close();
   });
   showSummary();
-  chat.open(sessionStorage.getItem("minimax-m1/open")); // what this tab showed before it was reloaded
+  chat.open(openHere());
   document.documentElement.dataset.ready = "true";
   if (DOCKED.sidebar.matches) $("input").focus(); // on a phone, this would bring up the keyboard
 }

@@ -15,8 +15,10 @@ export class Chat {
   #running = null; // the AbortController of the answer that is being written
   #views = []; // of each message; null for results of tools, which stand in the cards of their calls
 
-  constructor({ turns, scroller, jump, announcer, info, settings, onChange, onExperts, onKey, onProblem }) {
-    Object.assign(this, { turns, scroller, jump, announcer, info, settings, onChange, onExperts, onKey, onProblem });
+  /** `onChange` follows every change; the others are told of what goes beyond the conversation. */
+  constructor({ turns, scroller, jump, announcer, info, settings, onChange, onDone, onExperts, onKey, onProblem }) {
+    Object.assign(this, { turns, scroller, jump, announcer, info, settings });
+    Object.assign(this, { onChange, onDone, onExperts, onKey, onProblem });
     this.conversation = newConversation();
     this.isAtEnd = true;
     this.#followEnd();
@@ -162,6 +164,7 @@ export class Chat {
     this.#stayAtEnd();
     this.#save();
     this.onChange();
+    if (message.state === "done") this.onDone(message, this.#questionOf(message));
     if (message.state === "done") this.announcer.textContent = spoken(message);
     else if (message.state === "stopped") this.announcer.textContent = "Stopped";
   }
@@ -184,6 +187,11 @@ export class Chat {
       if (turn.content || calls.length) messages.push(turn);
     }
     return messages;
+  }
+
+  #questionOf(answer) {
+    const { messages } = this.conversation;
+    return messages.slice(0, messages.indexOf(answer)).findLast((message) => message.role === "user")?.content ?? "";
   }
 
   #results() {
@@ -241,7 +249,7 @@ export class Chat {
     if (action === "copy-code") this.#copy(button, button.closest(".code").querySelector("code").textContent);
     else if (action === "copy") this.#copy(button, message.content);
     else if (action === "regenerate" || action === "retry") this.regenerate();
-    else if (action === "experts") this.onExperts(message, button);
+    else if (action === "experts") this.onExperts(message, this.#questionOf(message), button);
     else if (action === "edit") this.#startEdit(this.#views[place].element, message.content);
     else if (action === "cancel-edit") this.#endEdit(this.#views[place].element);
     else if (action === "send-results") this.sendResults(typedResults(this.#views[place].element));

@@ -18,6 +18,16 @@ export function listConversations() {
   return found.sort((a, b) => b.updated - a.updated);
 }
 
+/** Remember which conversation this tab shows, or say which it was before it was reloaded. */
+export function openHere(id) {
+  try {
+    if (id) sessionStorage.setItem("minimax-m1/open", id);
+    return sessionStorage.getItem("minimax-m1/open");
+  } catch {
+    return null;
+  }
+}
+
 export const loadConversation = (id) => read(PREFIX + id);
 
 export function deleteConversation(id) {

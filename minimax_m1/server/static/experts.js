@@ -18,9 +18,10 @@ export class ExpertsView {
     this.tip = el("div", { class: "tip", role: "tooltip", hidden: true });
   }
 
-  /** Show an answer's routing log. */
-  show(routing) {
+  /** Show the routing log of the answer to a question. */
+  show(routing, question) {
     this.routing = routing;
+    this.question = question;
     this.kinds = this.info.layers.map(({ kind }) => kind);
     const balances = routing.layers.map((layer) => layer.load_balance_entropy);
     this.layer = balances.indexOf(Math.max(...balances)); // the most colourful
@@ -51,7 +52,7 @@ export class ExpertsView {
     return el(
       "div",
       { class: "experts-intro" },
-      el("p", { class: "help" }, text),
+      el("div", {}, el("p", { class: "experts-question" }, this.question), el("p", { class: "help" }, text)),
       el("div", { class: "segments", role: "radiogroup", "aria-label": "What the cells show" }, choose("share", "Share of tokens"), choose("weight", "Mean weight")),
     );
   }
@@ -109,8 +110,9 @@ export class ExpertsView {
       const value = valueOf(cell);
       const t = value / most;
       cell.style.setProperty("--t", t.toFixed(4));
-      cell.classList.toggle("mid", t > 0.47); // where the colour of the text changes: in the dark, and in the light
-      cell.classList.toggle("high", t > 0.7);
+      cell.classList.toggle("warm", t > 0.3); // the colour of the text follows: see the style sheet
+      cell.classList.toggle("mid", t > 0.49);
+      cell.classList.toggle("high", t > 0.66);
       cell.classList.toggle("none", value === 0);
       cell.firstChild.textContent = isShare ? percent(value) : value.toFixed(2);
       cell.setAttribute("aria-label", this.#describe(cell));
@@ -207,7 +209,9 @@ export class ExpertsView {
     this.list.addEventListener("pointerleave", () => this.#look(this.token));
     this.list.addEventListener("click", (event) => this.#pick(event.target.closest(".token")));
     this.list.addEventListener("keydown", (event) => this.#onListKey(event));
-    this.list.addEventListener("focus", () => this.token ?? this.#pick(this.list.firstElementChild));
+    this.list.addEventListener("focus", () => {
+      if (!this.token && this.list.matches(":focus-visible")) this.#pick(this.list.firstElementChild); // by key
+    });
     this.more = el("button", { type: "button", class: "button" });
     this.more.addEventListener("click", () => this.#showMore());
     const head = el("div", { class: "token-head" }, el("h3", {}, "Token by token"), this.select);

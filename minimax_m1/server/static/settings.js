@@ -11,7 +11,12 @@ const EXAMPLE_TOOL = [
     function: {
       name: "get_weather",
       description: "The weather of a city, now.",
-      parameters: { type: "object", properties: { city: { type: "string", maxLength: 20 } }, required: ["city"] },
+      parameters: {
+        type: "object",
+        properties: { city: { type: "string", enum: ["Paris", "Oslo", "Kyoto", "Lima"] } },
+        required: ["city"],
+        additionalProperties: false,
+      },
     },
   },
 ];

@@ -14,8 +14,23 @@ const KEY = "minimax-m1/api-key";
 
 /** The API key lives as long as the tab; it is never written to disk by this page. */
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  value: null, // for browsers whose storage is switched off
+  get() {
+    try {
+      this.value ??= sessionStorage.getItem(KEY);
+    } catch {
+      // then it lives as long as the page
+    }
+    return this.value ?? "";
+  },
+  set(value) {
+    this.value = value;
+    try {
+      sessionStorage.setItem(KEY, value);
+    } catch {
+      // as above
+    }
+  },
 };
 
 /** Fetch a path of the server with the key; raise ApiError for everything but success. */
