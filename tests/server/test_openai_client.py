@@ -22,6 +22,7 @@ from tests.server.conftest import Server, running_server
 MODEL = "m1-nano"
 QUESTION = [{"role": "user", "content": "What is 384 + 729?"}]
 ROUNDING = 1e-4  # of probabilities that are added up
+HTTP = httpx.Client(timeout=60)  # for what the client has no methods for
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,13 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
 
 
 def tokenize(server: Server, **body: Any) -> list[int]:
-    response = httpx.post(f"{server.url}/tokenize", json=body)
+    response = HTTP.post(f"{server.url}/tokenize", json=body)
     assert response.status_code == 200, response.text
     return response.json()["tokens"]
 
 
 def token_texts(server: Server, ids: Iterable[int]) -> list[str]:
-    return [httpx.post(f"{server.url}/detokenize", json={"tokens": [token]}).json()["prompt"] for token in ids]
+    return [HTTP.post(f"{server.url}/detokenize", json={"tokens": [token]}).json()["prompt"] for token in ids]
 
 
 # -- an answer at once ------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def test_a_required_tool_and_its_result(server: Server, client: openai.OpenAI) -
     for call in message.tool_calls:
         history.append({"role": "tool", "tool_call_id": call.id, "content": "it is done: 271828"})
     answer = ask(client, messages=history, tools=TOOLS, max_tokens=60, return_token_ids=True)
-    prompt = httpx.post(f"{server.url}/detokenize", json={"tokens": answer.prompt_token_ids}).json()["prompt"]
+    prompt = HTTP.post(f"{server.url}/detokenize", json={"tokens": answer.prompt_token_ids}).json()["prompt"]
     for call in message.tool_calls:
         assert f'{{"name": "{call.function.name}", "arguments": {call.function.arguments}}}' in prompt
     assert f"tool name: {message.tool_calls[-1].function.name}\ntool result: it is done: 271828" in prompt
@@ -367,7 +368,7 @@ def test_parallel_calls_and_their_results(server: Server, client: openai.OpenAI)
         for i, call in enumerate(message.tool_calls)
     ]
     history = [*QUESTION, message.model_dump(), *results]  # null for all that is absent
-    prompt = httpx.post(
+    prompt = HTTP.post(
         f"{server.url}/detokenize", json={"tokens": tokenize(server, messages=history, tools=TOOLS)}
     ).json()["prompt"]
     places = [prompt.index(f"result {i} of several") for i in range(len(results))]
@@ -688,10 +689,6 @@ def test_echo_and_scores(server: Server, lenient: openai.OpenAI) -> None:
     assert scores.token_logprobs == echoed.logprobs.token_logprobs[:num_tokens]
     assert scores.top_logprobs == echoed.logprobs.top_logprobs[:num_tokens]
     assert scores.token_logprobs[0] is None and all(value <= 0 for value in scores.token_logprobs[1:])
-    # what was drawn greedily has the best score as a part of a prompt, too
-    rescored = complete(client, echoed.text, echo=True, logprobs=2, max_tokens=0).choices[0].logprobs
-    if rescored.tokens == echoed.logprobs.tokens:  # the text may also be cut into other tokens
-        assert rescored.token_logprobs[1:] == pytest.approx(echoed.logprobs.token_logprobs[1:], abs=ROUNDING)
     for choice in (echoed, plain):
         for offset, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
             assert choice.text[offset:].startswith(token)
@@ -770,8 +767,8 @@ def test_errors_by_status(guarded: Server) -> None:
 
 def test_a_quota_is_a_rate_limit(guarded: Server) -> None:
     client = make_client(guarded, "sk-small")
+    assert ask(client, max_tokens=20).usage.total_tokens < 60  # all of the minute's tokens but a few
     with pytest.raises(openai.RateLimitError) as caught:
-        for _ in range(4):
-            ask(client, max_tokens=20)
+        ask(client, max_tokens=20)
     assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
     assert caught.value.type == "rate_limit_error" and caught.value.request_id
