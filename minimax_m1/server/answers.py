@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minimax_m1.engine import Delta, GenerationResult
 from minimax_m1.sampling import TokenLogprob
+from minimax_m1.server.replies import new_id
 from minimax_m1.server.service import Exchange, Service
 from minimax_m1.thinking import opens_thinking
 from minimax_m1.tokenizer import AnswerEvent, AnswerParser, ToolCall
@@ -78,7 +78,7 @@ def _take(answer: Answer, choice: int, events: list[AnswerEvent], delta: Delta, 
         if event.tool_call is not None:
             if most_calls is not None and len(answer.tool_calls) >= most_calls:
                 continue
-            call_ids.append(new_id("call"))
+            call_ids.append(new_id("call_"))
             answer.tool_calls.append((call_ids[-1], event.tool_call))
         elif event.kind == "reasoning":
             answer.reasoning += event.text
@@ -93,11 +93,6 @@ def finish_reason(reason: str, has_calls: bool = False) -> Finish:
     if reason == "stop":
         return "tool_calls" if has_calls else "stop"
     return "length"
-
-
-def new_id(prefix: str) -> str:
-    """Return a new id, such as chatcmpl-1f0c…"""
-    return f"{prefix}-{secrets.token_hex(12)}"
 
 
 def token_text(service: Service, token: int) -> str:

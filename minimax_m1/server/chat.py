@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams
-from minimax_m1.server.answers import Answer, Gain, answer_gains, chat_logprobs, new_id
-from minimax_m1.server.errors import ERROR_REPLIES, as_api_error, error_body, logger
-from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, unless_left
+from minimax_m1.server.answers import Answer, Gain, answer_gains, chat_logprobs
+from minimax_m1.server.errors import ERROR_REPLIES, failed_event
+from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, new_id, unless_left
 from minimax_m1.server.requests import (
     Body,
     SamplingFields,
@@ -27,6 +27,8 @@ from minimax_m1.server.schemas import ChatCompletion
 from minimax_m1.server.service import Caller, Exchange, Service, get_caller, get_service
 
 router = APIRouter()
+
+ROUTE = "/v1/chat/completions"
 
 
 class StreamOptions(Body):
@@ -119,7 +121,7 @@ class ChatRequest(SamplingFields):
 
 
 @router.post(
-    "/v1/chat/completions",
+    ROUTE,
     responses={**ERROR_REPLIES, 200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}},
     tags=["OpenAI"],
 )
@@ -140,9 +142,7 @@ async def chat_completions(
         continue_final_message=bool(body.continue_final_message),
     )
     check_context(service, len(prompt), body.most_tokens)
-    exchange = service.open(
-        caller, "/v1/chat/completions", [prompt], params, body.routing(service), form_names(body.response_format)
-    )
+    exchange = service.open(caller, ROUTE, [prompt], params, body.routing(service), form_names(body.response_format))
     if not body.stream:
         return JsonReply(await unless_left(request, lambda: _complete(exchange, body)))
     await exchange.__aenter__()  # before the first byte goes out, for then the status is fixed
@@ -189,15 +189,7 @@ async def _stream(exchange: Exchange, body: ChatRequest) -> AsyncGenerator[bytes
             yield encode_event(last)
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is out, so it becomes an event
-        yield failed_event(exchange.caller, "/v1/chat/completions", error) + DONE
-
-
-def failed_event(caller: Caller, path: str, error: Exception) -> bytes:
-    """Return the event that ends a stream which cannot go on; what nobody expected goes to the log."""
-    told = as_api_error(error)
-    if told.status_code == 500:
-        logger.error("request %s failed in mid-stream", caller.request_id, exc_info=error)
-    return encode_event(error_body(told, path, caller.request_id))
+        yield failed_event(error, ROUTE, exchange.caller.request_id) + DONE
 
 
 def _gains(exchange: Exchange, answers: list[Answer], body: ChatRequest) -> AsyncIterator[list[Gain]]:
@@ -206,7 +198,7 @@ def _gains(exchange: Exchange, answers: list[Answer], body: ChatRequest) -> Asyn
 
 
 def _envelope(service: Service, kind: str) -> dict[str, Any]:
-    return {"id": new_id("chatcmpl"), "object": kind, "created": int(time.time()), "model": service.model_name}
+    return {"id": new_id("chatcmpl-"), "object": kind, "created": int(time.time()), "model": service.model_name}
 
 
 def _choice(exchange: Exchange, body: ChatRequest, index: int, answer: Answer) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from minimax_m1.engine import GenerationResult
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams, TokenLogprob
-from minimax_m1.server.answers import finish_reason, new_id, token_text
-from minimax_m1.server.chat import StreamOptions, failed_event
-from minimax_m1.server.errors import ERROR_REPLIES
-from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, unless_left
+from minimax_m1.server.answers import finish_reason, token_text
+from minimax_m1.server.chat import StreamOptions
+from minimax_m1.server.errors import ERROR_REPLIES, failed_event
+from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, new_id, unless_left
 from minimax_m1.server.requests import (
     SamplingFields,
     Structured,
@@ -182,7 +182,7 @@ async def _stream(exchange: Exchange, body: CompletionRequest) -> AsyncGenerator
             yield encode_event(last)
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is out, so it becomes an event
-        yield failed_event(exchange.caller, ROUTE, error) + DONE
+        yield failed_event(error, ROUTE, exchange.caller.request_id) + DONE
 
 
 def _prompts(prompt: str | Sequence[Any]) -> list[str | list[int]]:
@@ -199,7 +199,7 @@ def _prompts(prompt: str | Sequence[Any]) -> list[str | list[int]]:
 
 
 def _envelope(service: Service) -> dict[str, Any]:
-    name = new_id("cmpl")
+    name = new_id("cmpl-")
     return {"id": name, "object": "text_completion", "created": int(time.time()), "model": service.model_name}
 
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from minimax_m1.errors import UserError
 from minimax_m1.server.accounts import QuotaExceeded
-from minimax_m1.server.replies import ClientLeftError, JsonReply
+from minimax_m1.server.replies import ClientLeftError, JsonReply, encode_event
 
 logger = logging.getLogger("minimax_m1.server")
 
@@ -160,6 +160,14 @@ def error_reply(error: ApiError, path: str, request_id: str) -> Response:
     if error.status_code in (408, 413):
         headers["Connection"] = "close"  # the rest of the body is not wanted
     return JsonReply(error_body(error, path, request_id), error.status_code, headers)
+
+
+def failed_event(error: Exception, path: str, request_id: str, name: str | None = None) -> bytes:
+    """Return the event that ends a stream which cannot go on; what nobody expected goes to the log."""
+    told = as_api_error(error)
+    if told.status_code == 500:
+        logger.error("request %s failed in mid-stream", request_id, exc_info=error)
+    return encode_event(error_body(told, path, request_id), name)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimax_m1.server.accounts import ANONYMOUS, Key
-from minimax_m1.server.answers import new_id
 from minimax_m1.server.errors import ApiError, as_api_error, error_reply
+from minimax_m1.server.replies import new_id
 from minimax_m1.server.service import Caller, Service
 
 logger = logging.getLogger("minimax_m1.server")
@@ -39,7 +39,7 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         key = self._key(scope, headers)
-        caller = Caller(key or ANONYMOUS, given if _REQUEST_ID.fullmatch(given) else new_id("req"))
+        caller = Caller(key or ANONYMOUS, given if _REQUEST_ID.fullmatch(given) else new_id("req_"))
         scope.setdefault("state", {})["caller"] = caller
         status, has_started = 499, False  # 499: the client left before there was one
 
@@ -47,7 +47,10 @@ class Gate:
             nonlocal status, has_started
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
-                MutableHeaders(scope=message)["X-Request-Id"] = caller.request_id
+                headers_out = MutableHeaders(scope=message)
+                headers_out["X-Request-Id"] = caller.request_id
+                if scope["path"].startswith("/v1/messages"):
+                    headers_out["request-id"] = caller.request_id  # Anthropic's name of it
             await send(message)
 
         try:

@@ -14,10 +14,9 @@ from starlette.responses import Response
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams, StructuredOutput
 from minimax_m1.server.answers import Answer, Gain, answer_gains
-from minimax_m1.server.chat import failed_event
-from minimax_m1.server.errors import ANTHROPIC_ERROR_REPLIES
-from minimax_m1.server.reading import item_id, read_kind, read_object, read_parts, read_text, seal, shown, unseal
-from minimax_m1.server.replies import EventStream, JsonReply, encode_event, unless_left
+from minimax_m1.server.errors import ANTHROPIC_ERROR_REPLIES, failed_event
+from minimax_m1.server.reading import read_kind, read_object, read_parts, read_text, seal, shown, unseal
+from minimax_m1.server.replies import EventStream, JsonReply, encode_event, new_id, unless_left
 from minimax_m1.server.requests import EFFORTS, Body, SamplingFields, ThinkingFields, check_context
 from minimax_m1.server.schemas_messages import Message, TokenCount
 from minimax_m1.server.service import Caller, Exchange, Service, get_caller, get_service
@@ -269,7 +268,7 @@ async def _stream(exchange: Exchange, body: MessagesRequest) -> AsyncGenerator[b
             delta["routing"] = exchange.routing_dict(0)
         yield _encode([*blocks.end(), delta, {"type": "message_stop"}])
     except Exception as error:  # noqa: BLE001 - the status is out, so it becomes an event
-        yield b"event: error\n" + failed_event(exchange.caller, ROUTE, error)
+        yield failed_event(error, ROUTE, exchange.caller.request_id, "error")
 
 
 def _encode(events: Sequence[Mapping[str, Any]]) -> bytes:
@@ -282,7 +281,7 @@ def _gains(exchange: Exchange, answer: Answer, body: MessagesRequest) -> AsyncIt
 
 
 def _envelope(exchange: Exchange) -> dict[str, Any]:
-    return {"id": item_id("msg"), "type": "message", "role": "assistant", "model": exchange.service.model_name}
+    return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": exchange.service.model_name}
 
 
 def _end(exchange: Exchange, answer: Answer) -> dict[str, Any]:
@@ -369,7 +368,7 @@ class Blocks:
 
     def _call(self, call: ToolCall) -> list[dict[str, Any]]:
         """Return the events of a call, which comes whole."""
-        block = {"type": "tool_use", "id": item_id("toolu"), "name": call.name, "input": call.arguments}
+        block = {"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": call.arguments}
         events = [
             self._start({**block, "input": {}}),
             self._delta({"type": "input_json_delta", "partial_json": json.dumps(call.arguments, ensure_ascii=False)}),

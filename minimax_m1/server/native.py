@@ -11,10 +11,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from minimax_m1.errors import UserError
-from minimax_m1.server.answers import Answer, answer_gains, finish_reason, new_id
-from minimax_m1.server.chat import failed_event
-from minimax_m1.server.errors import ERROR_REPLIES
-from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, unless_left
+from minimax_m1.server.answers import Answer, answer_gains, finish_reason
+from minimax_m1.server.errors import ERROR_REPLIES, failed_event
+from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, new_id, unless_left
 from minimax_m1.server.requests import SamplingFields
 from minimax_m1.server.schemas import Generated
 from minimax_m1.server.service import Caller, Exchange, Service, get_caller, get_service
@@ -95,13 +94,13 @@ async def _stream(exchange: Exchange) -> AsyncGenerator[bytes, None]:
         yield encode_event(_generated(exchange, answer))
         yield DONE
     except Exception as error:  # noqa: BLE001 - the status is out, so it becomes an event
-        yield failed_event(exchange.caller, ROUTE, error) + DONE
+        yield failed_event(error, ROUTE, exchange.caller.request_id) + DONE
 
 
 def _generated(exchange: Exchange, answer: Answer) -> dict[str, Any]:
     assert answer.result is not None
     return {
-        "id": new_id("gen"),
+        "id": new_id("gen-"),
         "object": "minimax_m1.generation",
         "created": int(time.time()),
         "model": exchange.service.model_name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import secrets
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,11 +11,6 @@ from minimax_m1.errors import UserError
 from minimax_m1.server.errors import ApiError, nearest
 
 _SEAL = "minimax-m1:"
-
-
-def item_id(prefix: str) -> str:
-    """Return a new id, such as msg_1f0c…"""
-    return f"{prefix}_{secrets.token_hex(12)}"
 
 
 def refuse(values: Any, reasons: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
@@ -15,6 +16,11 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 SEND_SECONDS = 60.0  # that a client may let a stream wait before it counts as gone
 DONE = b"data: [DONE]\n\n"  # the end of a stream in OpenAI's API
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id, such as chatcmpl-1f0c… for the prefix chatcmpl-."""
+    return prefix + secrets.token_hex(12)
 
 
 def encode_json(value: Any) -> bytes:

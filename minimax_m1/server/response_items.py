@@ -10,7 +10,8 @@ from typing import Any, Literal
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import TokenLogprob
 from minimax_m1.server.answers import Gain, chat_logprobs
-from minimax_m1.server.reading import item_id, read_kind, read_object, read_parts, read_text, seal, shown, unseal
+from minimax_m1.server.reading import read_kind, read_object, read_parts, read_text, seal, shown, unseal
+from minimax_m1.server.replies import new_id
 from minimax_m1.server.service import Exchange
 from minimax_m1.thinking import Thinking, opens_thinking
 from minimax_m1.tokenizer import AnswerEvent, MiniMaxM1Tokenizer, ToolCall
@@ -43,7 +44,7 @@ def read_items(given: str | Sequence[Any] | None) -> list[dict[str, Any]]:
         default = "message" if isinstance(item, Mapping) and "role" in item else None
         kind = read_kind(item, where, tuple(_READERS), default)
         items.append({"status": "completed", **_READERS[kind](item, where)})
-        if not isinstance(items[-1].setdefault("id", item_id(_PREFIXES[kind])), str):
+        if not isinstance(items[-1].setdefault("id", new_id(_PREFIXES[kind] + "_")), str):
             raise UserError(f"{where}.id: {shown(items[-1]['id'])} cannot be used; accepted: a text")
     return items
 
@@ -229,7 +230,7 @@ class Output:
         return chat_logprobs(self._exchange.service, self._tokens.take(text), self._top_logprobs or 0)
 
     def _open(self, kind: Literal["reasoning", "message"]) -> list[dict[str, Any]]:
-        self._kind, self._id = kind, item_id("msg" if kind == "message" else "rs")
+        self._kind, self._id = kind, new_id("msg_" if kind == "message" else "rs_")
         item = self._item("in_progress", [])
         part = _text_part("") if kind == "message" else {"type": "reasoning_text", "text": ""}
         return [self._item_event("added", item), self._event("response.content_part.added", part=part)]
@@ -263,7 +264,7 @@ class Output:
 
     def _call(self, call_id: str, call: ToolCall) -> list[dict[str, Any]]:
         """Return the events of a call, which comes whole."""
-        self._id = item_id("fc")
+        self._id = new_id("fc_")
         item = {"id": self._id, "type": "function_call", "call_id": call_id, "name": call.name, "arguments": ""}
         whole = {**item, "arguments": call.arguments_json}
         place = {"item_id": self._id, "output_index": len(self.items)}

@@ -16,8 +16,8 @@ from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams, StructuredOutput
 from minimax_m1.server.answers import Answer, answer_gains
 from minimax_m1.server.errors import ERROR_REPLIES, ApiError, as_api_error, logger, renamed
-from minimax_m1.server.reading import item_id, read_kind, read_object, read_text, refuse, shown
-from minimax_m1.server.replies import EventStream, JsonReply, encode_event, encode_json, unless_left
+from minimax_m1.server.reading import read_kind, read_object, read_text, refuse, shown
+from minimax_m1.server.replies import EventStream, JsonReply, encode_event, encode_json, new_id, unless_left
 from minimax_m1.server.requests import (
     STRUCTURED_NAMES,
     Body,
@@ -504,7 +504,7 @@ def _new_body(exchange: Exchange, request: ResponseRequest) -> dict[str, Any]:
     text = request.text or TextConfig()
     reasoning = request.reasoning or Reasoning()
     return {
-        "id": item_id("resp"),
+        "id": new_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,

@@ -29,9 +29,10 @@ export class MarkdownStream {
   #render(isLast) {
     const lines = this.source.split("\n");
     const blocks = parseBlocks(lines, 0);
-    // A block is settled when the next one has begun with a whole line: half a line may still become its continuation.
+    // A block is settled when the next one has surely begun: half a line may still become its continuation.
+    const isSure = ({ type, start }) => start + (type === "table" ? 2 : 1) < lines.length;
     let settled = isLast ? blocks.length : 0;
-    if (!isLast) while (settled + 1 < blocks.length && blocks[settled + 1].start < lines.length - 1) settled++;
+    if (!isLast) while (settled + 1 < blocks.length && isSure(blocks[settled + 1])) settled++;
     const reused = this.#extendCode(blocks, settled, isLast);
     if (!reused) {
       for (const node of this.live) node.remove();
@@ -478,9 +479,12 @@ function linkTo(address) {
   }
 }
 
-/** Leave out what ends the sentence rather than the address. */
+/** Leave out what belongs to the sentence rather than the address: its end, and a bracket that was opened before. */
 function withoutTail(url) {
-  let end = url.length;
+  let depth = 0;
+  let end = 0;
+  for (; end < url.length && depth >= 0; end++) depth += url[end] === "(" ? 1 : url[end] === ")" ? -1 : 0;
+  if (depth < 0) end--;
   while (end > 0 && ".,:;!?*_~".includes(url[end - 1])) end--;
-  return url[end - 1] === ")" && !url.includes("(") ? url.slice(0, end - 1) : url.slice(0, end);
+  return url.slice(0, end);
 }
