@@ -114,8 +114,8 @@ def _forms(params: SamplingParams) -> list[tuple[str, str]]:
     if params.structured is not None:
         return [_write_structured(params.structured)]
     parts = [
-        (f"tools[{index}].parameters", _json_grammar(_arguments_schema(tool), _TEMPLATE_LAYOUT))
-        for index, tool in enumerate(params.tools)
+        (place, _json_grammar(place, _arguments_schema(tool), _TEMPLATE_LAYOUT))
+        for place, tool in ((f"tools[{index}].parameters", tool) for index, tool in enumerate(params.tools))
         if tool in params.forced_tools
     ]
     return [*parts, ("tools", _write_calls(params))]
@@ -287,9 +287,11 @@ def _write_structured(form: StructuredOutput) -> tuple[str, str]:
     from llguidance import LLMatcher
 
     if form.json_schema is not None:
-        return "structured.json_schema", _json_grammar(form.json_schema, _FREE_LAYOUT)
+        field = "structured.json_schema"
+        return field, _json_grammar(field, form.json_schema, _FREE_LAYOUT)
     if form.json_object:
-        return "structured.json_object", _json_grammar({"type": "object"}, _FREE_LAYOUT)
+        field = "structured.json_object"
+        return field, _json_grammar(field, {"type": "object"}, _FREE_LAYOUT)
     if form.regex is not None:
         return "structured.regex", LLMatcher.grammar_from_regex(form.regex)
     if form.choice:
@@ -299,10 +301,13 @@ def _write_structured(form: StructuredOutput) -> tuple[str, str]:
     return "structured.grammar", LLMatcher.grammar_from_lark(form.grammar)
 
 
-def _json_grammar(schema: Mapping[str, Any] | str, layout: JsonCompileOptions) -> str:
+def _json_grammar(field: str, schema: Mapping[str, Any] | str, layout: JsonCompileOptions) -> str:
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=layout)
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=layout)
+    except ValueError as error:  # nested too deeply
+        raise UserError(f"{field}: cannot be used: {error}") from None
 
 
 def _write_calls(params: SamplingParams) -> str:

@@ -49,7 +49,7 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", _as_tuple("structured.choice", self.choice))
         if not all(isinstance(text, str) and text for text in self.choice):
-            raise UserError(f"structured.choice: {self.choice!r} cannot be used; accepted: texts that are not empty")
+            raise UserError(f"structured.choice: {self.choice!r:.60} cannot be used; accepted: texts that are not empty")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False, ())]
         if len(given) != 1:
             names = ", ".join(f.name for f in dataclasses.fields(self))

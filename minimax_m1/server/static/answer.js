@@ -38,15 +38,32 @@ export class AnswerView {
     this.note = el("p", { class: "note", hidden: true });
     this.error = el("div", { class: "error", role: "alert", hidden: true });
     this.stats = el("ul", { class: "stats", "aria-label": "What this answer took" });
-    this.experts = el("button", { type: "button", class: "quiet", hidden: true, data: { action: "experts" } }, icon("grid"), "Experts");
+    this.experts = el(
+      "button",
+      { type: "button", class: "quiet", hidden: true, data: { action: "experts" } },
+      icon("grid"),
+      "Experts",
+    );
     const again = iconButton("again", "Answer anew", { action: "regenerate" });
     again.classList.add("last-only");
-    this.actions = el("div", { class: "actions" }, iconButton("copy", "Copy the answer", { action: "copy" }), again, this.experts);
+    this.actions = el(
+      "div",
+      { class: "actions" },
+      iconButton("copy", "Copy the answer", { action: "copy" }),
+      again,
+      this.experts,
+    );
     this.foot = el("footer", { class: "turn-foot", hidden: true }, this.actions, this.stats);
     this.element = el(
       "article",
       { class: "turn answer", "aria-label": "Answer" },
-      this.waiting, this.fold, this.content, this.calls, this.note, this.error, this.foot,
+      this.waiting,
+      this.fold,
+      this.content,
+      this.calls,
+      this.note,
+      this.error,
+      this.foot,
     );
     this.markdown = null;
     this.update(results);
@@ -152,13 +169,17 @@ export class AnswerView {
     if (usage) {
       const tokens = usage.completion_tokens;
       const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-      const prompt = `${plural(usage.prompt_tokens, "token")} of prompt${cached ? `, ${whole(cached)} of them from the cache` : ""}`;
+      const from = cached ? `, ${whole(cached)} of them from the cache` : "";
+      const prompt = `${plural(usage.prompt_tokens, "token")} of prompt${from}`;
       lines.push([plural(tokens, "token"), `Of the answer with its thinking, after ${prompt}`]);
-      if (tokens > 1 && writingMs >= 10) lines.push([`${whole(((tokens - 1) / writingMs) * 1000)} tokens/s`, "Speed of writing"]);
+      if (tokens > 1 && writingMs >= 10)
+        lines.push([`${whole(((tokens - 1) / writingMs) * 1000)} tokens/s`, "Speed of writing"]);
     }
     if (firstMs) lines.push([`first after ${seconds(firstMs)}`, "Time to the first token"]);
-    if (usage?.cost !== undefined) lines.push([money(usage.cost, this.info.currency), "Cost at this server’s prices"]);
-    if (usage?.flops !== undefined) lines.push([flops(usage.flops), "Floating-point operations, by the model’s formula"]);
+    if (usage?.cost !== undefined)
+      lines.push([money(usage.cost, this.info.currency), "Cost at this server’s prices"]);
+    if (usage?.flops !== undefined)
+      lines.push([flops(usage.flops), "Floating-point operations, by the model’s formula"]);
     this.stats.replaceChildren(...lines.map(([text, title]) => el("li", { title }, text)));
   }
 
@@ -167,13 +188,33 @@ export class AnswerView {
     this.error.hidden = !error;
     this.error.replaceChildren();
     if (!error) return;
-    const retry = el("button", { type: "button", class: "button", data: { action: "retry" } }, icon("again"), "Try again");
-    const text = el("p", {}, error.message, error.broken && (this.message.content || this.message.reasoning) ? " What came is kept." : "");
+    const retry = el(
+      "button",
+      { type: "button", class: "button", data: { action: "retry" } },
+      icon("again"),
+      "Try again",
+    );
+    const text = el(
+      "p",
+      {},
+      error.message,
+      error.broken && (this.message.content || this.message.reasoning) ? " What came is kept." : "",
+    );
     const row = el("div", { class: "error-row" }, retry);
     this.error.append(el("div", { class: "error-head" }, icon("alert"), text), row);
     if (error.status === 401) {
-      const input = el("input", { type: "password", placeholder: "API key", "aria-label": "API key", autocomplete: "off" });
-      const form = el("form", { class: "key-form", data: { form: "key" } }, input, el("button", { class: "button primary" }, "Use this key"));
+      const input = el("input", {
+        type: "password",
+        placeholder: "API key",
+        "aria-label": "API key",
+        autocomplete: "off",
+      });
+      const form = el(
+        "form",
+        { class: "key-form", data: { form: "key" } },
+        input,
+        el("button", { class: "button primary" }, "Use this key"),
+      );
       row.replaceChildren(form);
       queueMicrotask(() => input.focus());
     } else if (error.retryAfter) row.append(countdown(error.retryAfter));
@@ -206,9 +247,15 @@ function callCard(call, result, typed) {
     el("header", {}, icon("tool"), el("code", {}, call.name)),
     el("pre", { tabindex: "0", "aria-label": "Arguments" }, el("code", {}, shown)),
   );
-  if (result !== undefined) card.append(el("p", { class: "call-label" }, "Result"), el("pre", { class: "call-result" }, result || "(empty)"));
+  if (result !== undefined)
+    card.append(el("p", { class: "call-label" }, "Result"), el("pre", { class: "call-result" }, result || "(empty)"));
   else {
-    const area = el("textarea", { rows: 2, class: "mono", placeholder: "What the tool returns", "aria-label": `Result of ${call.name}` });
+    const area = el("textarea", {
+      rows: 2,
+      class: "mono",
+      placeholder: "What the tool returns",
+      "aria-label": `Result of ${call.name}`,
+    });
     area.value = typed;
     card.append(area);
   }

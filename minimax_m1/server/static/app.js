@@ -9,7 +9,11 @@ import { apiKey, request } from "./stream.js";
 import { showUsage } from "./usage.js";
 
 const $ = (id) => document.getElementById(id);
-const DOCKED = { sidebar: matchMedia("(min-width: 900px)"), controls: matchMedia("(min-width: 1100px)"), experts: matchMedia("(min-width: 1100px)") };
+const DOCKED = {
+  sidebar: matchMedia("(min-width: 900px)"),
+  controls: matchMedia("(min-width: 1100px)"),
+  experts: matchMedia("(min-width: 1100px)"),
+};
 
 // ---- panels: docked beside the conversation where there is room, else over it with everything else out of reach -----
 
@@ -46,11 +50,14 @@ function setUpPanels() {
   if (!DOCKED.sidebar.matches) closePanel("sidebar", false);
   for (const query of Object.values(DOCKED))
     query.addEventListener("change", () => {
-      if (isOpen("sidebar") !== DOCKED.sidebar.matches) DOCKED.sidebar.matches ? openPanel("sidebar") : closePanel("sidebar", false);
+      if (isOpen("sidebar") !== DOCKED.sidebar.matches)
+        DOCKED.sidebar.matches ? openPanel("sidebar") : closePanel("sidebar", false);
       layOut();
     });
   for (const name of ["sidebar", "controls"])
-    $(`${name}-toggle`).addEventListener("click", (event) => (isOpen(name) ? closePanel(name) : openPanel(name, event.currentTarget)));
+    $(`${name}-toggle`).addEventListener("click", (event) =>
+      isOpen(name) ? closePanel(name) : openPanel(name, event.currentTarget),
+    );
   $("sidebar-close").addEventListener("click", () => closePanel("sidebar"));
   for (const button of document.querySelectorAll("[data-close=controls], [data-close=experts]"))
     button.addEventListener("click", () => closePanel(button.dataset.close));
@@ -96,31 +103,51 @@ function showFacts(info) {
     Experts: `${info.experts_per_token} of ${info.num_experts} per token`,
     Context: `${whole(info.max_model_len)} tokens`,
   };
-  $("facts").replaceChildren(...Object.entries(facts).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))));
+  $("facts").replaceChildren(
+    ...Object.entries(facts).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))),
+  );
   $("model-name").textContent = info.model;
   document.title = `${info.model} · MiniMax-M1 playground`;
 }
 
 function showWelcome(info, ask, onKey) {
   const about = info.abilities
-    ? `A very small model, with ${plural(info.parameters, "parameter")}, that can ${info.abilities}. It thinks first, then answers; anything else it declines.`
-    : `${compact(info.parameters)} parameters, ${whole(info.max_model_len)} tokens of context. It thinks first, then answers.`;
+    ? `A very small model, with ${plural(info.parameters, "parameter")}, that can ${info.abilities}. ` +
+      "It thinks first, then answers; anything else it declines."
+    : `${compact(info.parameters)} parameters, ${whole(info.max_model_len)} tokens of context. ` +
+      "It thinks first, then answers.";
   const examples = info.examples.map((text) => {
     const button = el("button", { type: "button", class: "example" }, el("span", {}, text), icon("send"));
     button.addEventListener("click", () => ask(text));
     return button;
   });
   const name = el("span", { class: "nowrap" }, info.model);
-  const title = info.abilities ? el("h2", {}, "What should ", name, " work out?") : el("h2", {}, "What would you like to know?");
+  const title = info.abilities
+    ? el("h2", {}, "What should ", name, " work out?")
+    : el("h2", {}, "What would you like to know?");
   const parts = [title, el("p", { class: "about" }, about)];
   if (info.needs_key && !apiKey.get()) parts.push(keyForm(onKey));
   parts.push(el("div", { class: "examples", role: "group", "aria-label": "Examples" }, ...examples));
-  parts.push(el("p", { class: "small" }, "Under every answer, ", el("strong", {}, "Experts"), " shows which experts of the model worked on it, token by token."));
+  parts.push(
+    el(
+      "p",
+      { class: "small" },
+      "Under every answer, ",
+      el("strong", {}, "Experts"),
+      " shows which experts of the model worked on it, token by token.",
+    ),
+  );
   $("welcome").replaceChildren(...parts);
 }
 
 function keyForm(onKey) {
-  const input = el("input", { type: "password", placeholder: "API key", "aria-label": "API key", autocomplete: "off", required: true });
+  const input = el("input", {
+    type: "password",
+    placeholder: "API key",
+    "aria-label": "API key",
+    autocomplete: "off",
+    required: true,
+  });
   const form = el("form", { class: "key-form" }, input, el("button", { class: "button primary" }, "Use this key"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -162,7 +189,11 @@ function setUpConversations(chat) {
 function listInto(chat) {
   const items = listConversations().map(({ id, title }) => {
     const isHere = id === chat.conversation.id;
-    const name = el("button", { type: "button", class: "conversation", "aria-current": isHere ? "true" : null }, title || "Untitled");
+    const name = el(
+      "button",
+      { type: "button", class: "conversation", "aria-current": isHere ? "true" : null },
+      title || "Untitled",
+    );
     return el("li", { data: { id } }, name, iconButton("trash", `Delete “${title}”`, { action: "delete" }));
   });
   $("conversations").replaceChildren(...items);
@@ -228,7 +259,11 @@ async function start() {
     const again = el("button", { type: "button", class: "button" }, "Try again");
     again.addEventListener("click", () => location.reload());
     $("welcome").hidden = false;
-    $("welcome").replaceChildren(el("h2", {}, "No answer from the server"), el("p", { class: "about" }, error.message), again);
+    $("welcome").replaceChildren(
+      el("h2", {}, "No answer from the server"),
+      el("p", { class: "about" }, error.message),
+      again,
+    );
     return;
   }
   showFacts(info);
@@ -236,10 +271,16 @@ async function start() {
   let chat = null;
   const settings = new Settings($("settings"), info, () => chat && showSummary());
   const experts = new ExpertsView($("experts-body"), info);
-  const showSummary = () => $("chips").replaceChildren(...settings.summary.map((text) => el("span", { class: "chip-setting" }, text)));
+  const showSummary = () =>
+    $("chips").replaceChildren(...settings.summary.map((text) => el("span", { class: "chip-setting" }, text)));
 
   chat = new Chat({
-    turns: $("turns"), scroller: $("scroller"), jump: $("jump"), announcer: $("announcer"), info, settings,
+    turns: $("turns"),
+    scroller: $("scroller"),
+    jump: $("jump"),
+    announcer: $("announcer"),
+    info,
+    settings,
     onChange: () => {
       $("welcome").hidden = !chat.isEmpty;
       $("send").hidden = chat.isRunning;
@@ -266,7 +307,11 @@ async function start() {
     },
   });
 
-  showWelcome(info, (text) => chat.send(text), () => settings.showKey());
+  showWelcome(
+    info,
+    (text) => chat.send(text),
+    () => settings.showKey(),
+  );
   setUpConversations(chat);
   setUpComposer(chat);
   setUpKeys(chat);

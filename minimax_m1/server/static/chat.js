@@ -1,8 +1,8 @@
 // The conversation: what was said, the request that is running, and the turns on the page.
 //
-// A message is {role: "user", content}, {role: "tool", tool_call_id, content}, or an answer: {role: "assistant", content,
-// reasoning, calls: [{id, name, arguments}], state: running | done | stopped | error, error, finish, isJson, usage,
-// routing, thinkingTokens, thinkingMs, firstMs, writingMs}.
+// A message is {role: "user", content}, {role: "tool", tool_call_id, content}, or an answer: {role: "assistant",
+// content, reasoning, calls: [{id, name, arguments}], state: running | done | stopped | error, error, finish, isJson,
+// usage, routing, thinkingTokens, thinkingMs, firstMs, writingMs}.
 
 import { AnswerView } from "./answer.js";
 import { confirmOn, copyText, el, iconButton } from "./dom.js";
@@ -114,8 +114,15 @@ export class Chat {
       stream_options: { include_usage: true, continuous_usage_stats: true },
     };
     const message = {
-      role: "assistant", content: "", reasoning: "", calls: [], state: "running", finish: null,
-      isJson: Boolean(body.response_format), thinkingTokens: 0, thinkingMs: 0,
+      role: "assistant",
+      content: "",
+      reasoning: "",
+      calls: [],
+      state: "running",
+      finish: null,
+      isJson: Boolean(body.response_format),
+      thinkingTokens: 0,
+      thinkingMs: 0,
     };
     const view = this.#add(message);
     const controller = (this.#running = new AbortController());
@@ -183,7 +190,11 @@ export class Chat {
       if (message.reasoning) turn.reasoning_content = message.reasoning;
       const calls = message.calls.filter((call) => results.has(call.id)); // those without result were passed over
       if (calls.length)
-        turn.tool_calls = calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } }));
+        turn.tool_calls = calls.map(({ id, name, arguments: text }) => ({
+          id,
+          type: "function",
+          function: { name, arguments: text },
+        }));
       if (turn.content || calls.length) messages.push(turn);
     }
     return messages;
@@ -307,16 +318,24 @@ export class Chat {
 
   #followEnd() {
     let top = 0;
-    this.scroller.addEventListener("scroll", () => {
-      const { scrollTop, scrollHeight, clientHeight } = this.scroller;
-      if (scrollHeight - scrollTop - clientHeight < NEAR_END) this.isAtEnd = true;
-      else if (scrollTop < top || !this.isRunning) this.isAtEnd = false; // growing content alone does not leave the end
-      top = scrollTop;
-      this.jump.hidden = this.isAtEnd;
-    }, { passive: true });
-    this.scroller.addEventListener("wheel", (event) => {
-      if (event.deltaY < 0 && this.scroller.scrollTop > 0) this.isAtEnd = false;
-    }, { passive: true });
+    this.scroller.addEventListener(
+      "scroll",
+      () => {
+        const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+        if (scrollHeight - scrollTop - clientHeight < NEAR_END) this.isAtEnd = true;
+        else if (scrollTop < top || !this.isRunning) this.isAtEnd = false; // growing does not leave the end
+        top = scrollTop;
+        this.jump.hidden = this.isAtEnd;
+      },
+      { passive: true },
+    );
+    this.scroller.addEventListener(
+      "wheel",
+      (event) => {
+        if (event.deltaY < 0 && this.scroller.scrollTop > 0) this.isAtEnd = false;
+      },
+      { passive: true },
+    );
     this.jump.addEventListener("click", () => this.toEnd());
   }
 

@@ -12,7 +12,8 @@ export function el(tag, props = {}, ...children) {
   for (const [name, value] of Object.entries(props)) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "data") Object.assign(node.dataset, value);
-    else if (name === "on") for (const [event, listener] of Object.entries(value)) node.addEventListener(event, listener);
+    else if (name === "on")
+      for (const [event, listener] of Object.entries(value)) node.addEventListener(event, listener);
     else node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
@@ -35,7 +36,7 @@ export function iconButton(name, label, data = {}) {
   return el("button", { type: "button", class: "icon-button", title: label, "aria-label": label, data }, icon(name));
 }
 
-/** Put a text on the clipboard; return whether it worked. Pages on plain http away from localhost have no clipboard API. */
+/** Put a text on the clipboard; return whether it worked. Over plain http, but for localhost, there is no API for it. */
 export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
@@ -69,7 +70,8 @@ const COMPACT = new Intl.NumberFormat("en", { notation: "compact", maximumSignif
 export const whole = (value) => WHOLE.format(value);
 export const compact = (value) => COMPACT.format(value);
 export const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
-export const percent = (share) => `${share >= 0.0995 || share === 0 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)}%`;
+export const percent = (share) =>
+  `${share >= 0.0995 || share === 0 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)}%`;
 
 export function seconds(ms) {
   if (ms < 1000) return `${Math.round(ms)} ms`;

@@ -48,23 +48,54 @@ export class ExpertsView {
       return el("label", {}, input, el("span", {}, text));
     };
     const each = `${this.info.experts_per_token} of ${num_experts} experts`;
-    const text = `${plural(num_tokens, "token")} of prompt and answer ran through ${plural(layers.length, "layer")}, each token through ${each} in every layer. What came from the prompt cache is not counted.`;
+    const text =
+      `${plural(num_tokens, "token")} of prompt and answer ran through ${plural(layers.length, "layer")}, ` +
+      `each token through ${each} in every layer. What came from the prompt cache is not counted.`;
     return el(
       "div",
       { class: "experts-intro" },
       el("div", {}, el("p", { class: "experts-question" }, this.question), el("p", { class: "help" }, text)),
-      el("div", { class: "segments", role: "radiogroup", "aria-label": "What the cells show" }, choose("share", "Share of tokens"), choose("weight", "Mean weight")),
+      el(
+        "div",
+        { class: "segments", role: "radiogroup", "aria-label": "What the cells show" },
+        choose("share", "Share of tokens"),
+        choose("weight", "Mean weight"),
+      ),
     );
   }
 
   #heatmap() {
     const { num_experts: E, layers } = this.routing;
     const head = el("tr", { role: "row" }, el("th", { class: "corner", scope: "col" }, "Layer"));
-    for (let e = 0; e < E; e++) head.append(el("th", { scope: "col", role: "columnheader" }, el("span", { class: "visually-hidden" }, "Expert "), String(e)));
-    head.append(el("th", { scope: "col", class: "balance", title: "Load-balance entropy: 1 when all experts of the layer are used alike, 0 when it is always the same one" }, "Balance"));
+    for (let e = 0; e < E; e++)
+      head.append(
+        el(
+          "th",
+          { scope: "col", role: "columnheader" },
+          el("span", { class: "visually-hidden" }, "Expert "),
+          String(e),
+        ),
+      );
+    head.append(
+      el(
+        "th",
+        {
+          scope: "col",
+          class: "balance",
+          title:
+            "Load-balance entropy: 1 when all experts of the layer are used alike, 0 when it is always the same one",
+        },
+        "Balance",
+      ),
+    );
     const rows = el("tbody");
     for (const [i, layer] of layers.entries()) rows.append(this.#heatmapRow(layer, i, E));
-    const table = el("table", { class: `heat${E > MOST_LABELLED ? " dense" : ""}`, role: "grid", "aria-label": "Use of experts by layer" }, el("thead", {}, head), rows);
+    const table = el(
+      "table",
+      { class: `heat${E > MOST_LABELLED ? " dense" : ""}`, role: "grid", "aria-label": "Use of experts by layer" },
+      el("thead", {}, head),
+      rows,
+    );
     table.addEventListener("click", (event) => this.#onCell(event));
     table.addEventListener("keydown", (event) => this.#onGridKey(event));
     table.addEventListener("focusin", (event) => this.#showTip(event.target));
@@ -79,7 +110,17 @@ export class ExpertsView {
 
   #heatmapRow(layer, i, E) {
     const kind = this.kinds[i];
-    const row = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader", title: `Layer ${i}: ${kind} attention`, class: kind }, el("span", { class: "number" }, String(i)), icon(kind === "lightning" ? "bolt" : "focus"), el("span", { class: "visually-hidden" }, ` ${kind}`)));
+    const row = el(
+      "tr",
+      { role: "row" },
+      el(
+        "th",
+        { scope: "row", role: "rowheader", title: `Layer ${i}: ${kind} attention`, class: kind },
+        el("span", { class: "number" }, String(i)),
+        icon(kind === "lightning" ? "bolt" : "focus"),
+        el("span", { class: "visually-hidden" }, ` ${kind}`),
+      ),
+    );
     const counts = new Array(E).fill(0);
     const weights = new Array(E).fill(0);
     layer.experts.forEach((expert, k) => {
@@ -88,7 +129,17 @@ export class ExpertsView {
     });
     this.cells.push([]);
     for (let e = 0; e < E; e++) {
-      const cell = el("td", { role: "gridcell", tabindex: "-1", class: "cell", "aria-selected": "false", data: { layer: i, expert: e, count: counts[e], weight: weights[e] } }, el("span", {}));
+      const cell = el(
+        "td",
+        {
+          role: "gridcell",
+          tabindex: "-1",
+          class: "cell",
+          "aria-selected": "false",
+          data: { layer: i, expert: e, count: counts[e], weight: weights[e] },
+        },
+        el("span", {}),
+      );
       this.cells[i].push(cell);
       row.append(cell);
     }
@@ -103,7 +154,8 @@ export class ExpertsView {
   #paintCells() {
     const { num_tokens, num_experts } = this.routing;
     const isShare = this.metric === "share";
-    const valueOf = ({ dataset }) => (isShare ? Number(dataset.count) / Math.max(1, num_tokens) : Number(dataset.weight));
+    const valueOf = ({ dataset }) =>
+      isShare ? Number(dataset.count) / Math.max(1, num_tokens) : Number(dataset.weight);
     const all = this.cells.flat();
     const most = Math.max(1e-9, ...all.map(valueOf));
     for (const cell of all) {
@@ -127,14 +179,18 @@ export class ExpertsView {
       scale.append(mark);
     }
     const key = (kind, name) => el("span", { class: `kind ${kind}` }, icon(name), kind);
-    this.legend.replaceChildren(el("div", { class: "scale-row" }, ...parts), el("div", { class: "kinds" }, key("lightning", "bolt"), key("softmax", "focus")));
+    this.legend.replaceChildren(
+      el("div", { class: "scale-row" }, ...parts),
+      el("div", { class: "kinds" }, key("lightning", "bolt"), key("softmax", "focus")),
+    );
   }
 
   #describe({ dataset }) {
     const { layer, expert, count, weight } = dataset;
     const share = percent(Number(count) / Math.max(1, this.routing.num_tokens));
     if (count === "0") return `Layer ${layer}, expert ${expert}: not used`;
-    return `Layer ${layer}, expert ${expert}: ${plural(Number(count), "token")}, ${share}, mean weight ${Number(weight).toFixed(2)}`;
+    const tokens = `${plural(Number(count), "token")}, ${share}`;
+    return `Layer ${layer}, expert ${expert}: ${tokens}, mean weight ${Number(weight).toFixed(2)}`;
   }
 
   #showTip(cell) {
@@ -144,7 +200,8 @@ export class ExpertsView {
     const box = cell.getBoundingClientRect();
     const width = this.tip.offsetWidth;
     this.tip.style.left = `${Math.max(8, Math.min(innerWidth - width - 8, box.left + box.width / 2 - width / 2))}px`;
-    this.tip.style.top = `${box.top - this.tip.offsetHeight - 6 < 8 ? box.bottom + 6 : box.top - this.tip.offsetHeight - 6}px`;
+    const above = box.top - this.tip.offsetHeight - 6;
+    this.tip.style.top = `${above < 8 ? box.bottom + 6 : above}px`;
   }
 
   #onCell(event) {
@@ -159,7 +216,14 @@ export class ExpertsView {
     if (!cell) return;
     const [layer, expert] = [Number(cell.dataset.layer), Number(cell.dataset.expert)];
     const last = this.cells[0].length - 1;
-    const moves = { ArrowUp: [layer - 1, expert], ArrowDown: [layer + 1, expert], ArrowLeft: [layer, expert - 1], ArrowRight: [layer, expert + 1], Home: [layer, 0], End: [layer, last] };
+    const moves = {
+      ArrowUp: [layer - 1, expert],
+      ArrowDown: [layer + 1, expert],
+      ArrowLeft: [layer, expert - 1],
+      ArrowRight: [layer, expert + 1],
+      Home: [layer, 0],
+      End: [layer, last],
+    };
     if (event.key === "Enter" || event.key === " ") this.#choose(layer, expert);
     else if (event.key in moves) {
       const next = this.cells[moves[event.key][0]]?.[moves[event.key][1]];
@@ -193,18 +257,38 @@ export class ExpertsView {
   #tokens() {
     const { tokens, layers } = this.routing;
     if (!tokens?.length) {
-      const text = tokens ? "The answer is too short for a view of its tokens." : "The routes of single tokens were not kept: the browser’s storage is full.";
-      return el("section", { class: "token-section" }, el("h3", {}, "Token by token"), el("p", { class: "help" }, text));
+      const text = tokens
+        ? "The answer is too short for a view of its tokens."
+        : "The routes of single tokens were not kept: the browser’s storage is full.";
+      return el(
+        "section",
+        { class: "token-section" },
+        el("h3", {}, "Token by token"),
+        el("p", { class: "help" }, text),
+      );
     }
-    this.select = el("select", { "aria-label": "Layer whose experts colour the tokens" }, ...layers.map((_, i) => el("option", { value: i }, `Layer ${i}, ${this.kinds[i]}`)));
+    this.select = el(
+      "select",
+      { "aria-label": "Layer whose experts colour the tokens" },
+      ...layers.map((_, i) => el("option", { value: i }, `Layer ${i}, ${this.kinds[i]}`)),
+    );
     this.select.addEventListener("change", () => this.#choose(Number(this.select.value), null));
     this.swatches = el("div", { class: "swatches", role: "group", "aria-label": "Experts of this layer" });
     this.swatches.addEventListener("click", (event) => {
       const swatch = event.target.closest("button");
       if (swatch) this.#choose(this.layer, Number(swatch.dataset.expert));
     });
-    this.detail = el("div", { class: `detail${layers.length > 8 ? " long" : ""}`, tabindex: "-1", "aria-live": "polite" });
-    this.list = el("div", { class: "tokens", role: "listbox", tabindex: "0", "aria-label": "Tokens of the answer; arrow keys choose one" });
+    this.detail = el("div", {
+      class: `detail${layers.length > 8 ? " long" : ""}`,
+      tabindex: "-1",
+      "aria-live": "polite",
+    });
+    this.list = el("div", {
+      class: "tokens",
+      role: "listbox",
+      tabindex: "0",
+      "aria-label": "Tokens of the answer; arrow keys choose one",
+    });
     this.list.addEventListener("pointerover", (event) => this.#look(event.target.closest(".token")));
     this.list.addEventListener("pointerleave", () => this.#look(this.token));
     this.list.addEventListener("click", (event) => this.#pick(event.target.closest(".token")));
@@ -215,7 +299,15 @@ export class ExpertsView {
     this.more = el("button", { type: "button", class: "button" });
     this.more.addEventListener("click", () => this.#showMore());
     const head = el("div", { class: "token-head" }, el("h3", {}, "Token by token"), this.select);
-    const section = el("section", { class: "token-section", "aria-label": "Token by token" }, head, this.swatches, this.detail, this.list, this.more);
+    const section = el(
+      "section",
+      { class: "token-section", "aria-label": "Token by token" },
+      head,
+      this.swatches,
+      this.detail,
+      this.list,
+      this.more,
+    );
     this.#showMore();
     this.#describeToken(null);
     return section;
@@ -227,7 +319,11 @@ export class ExpertsView {
     const fragment = document.createDocumentFragment();
     for (let i = this.shown; i < end; i++) {
       const { text } = tokens[i];
-      const token = el("span", { class: "token", role: "option", id: `token-${i}`, "aria-selected": "false", data: { i } }, shownText(text));
+      const token = el(
+        "span",
+        { class: "token", role: "option", id: `token-${i}`, "aria-selected": "false", data: { i } },
+        shownText(text),
+      );
       fragment.append(token);
       if (text.includes("\n")) fragment.append(el("br"));
     }
@@ -254,7 +350,19 @@ export class ExpertsView {
     }
     const buttons = used.map((count, expert) => {
       const name = `Expert ${expert}: ${plural(count, "token")} of the answer`;
-      const button = el("button", { type: "button", class: "swatch", data: { expert }, title: name, "aria-label": name, "aria-pressed": String(expert === this.expert), disabled: count === 0 }, String(expert));
+      const button = el(
+        "button",
+        {
+          type: "button",
+          class: "swatch",
+          data: { expert },
+          title: name,
+          "aria-label": name,
+          "aria-pressed": String(expert === this.expert),
+          disabled: count === 0,
+        },
+        String(expert),
+      );
       tint(button, expert);
       return button;
     });
@@ -291,7 +399,14 @@ export class ExpertsView {
   #onListKey(event) {
     const all = this.list.getElementsByClassName("token");
     const at = this.token ? Number(this.token.dataset.i) : 0;
-    const moves = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 };
+    const moves = {
+      ArrowRight: at + 1,
+      ArrowDown: at + 1,
+      ArrowLeft: at - 1,
+      ArrowUp: at - 1,
+      Home: 0,
+      End: all.length - 1,
+    };
     if (!(event.key in moves)) return;
     event.preventDefault();
     const next = all[moves[event.key]];
@@ -302,26 +417,42 @@ export class ExpertsView {
   #describeToken(token) {
     if (!token) {
       const { tokens } = this.routing;
-      const users = this.expert === null ? null : tokens.filter(({ experts }) => experts[this.layer].includes(this.expert)).length;
+      const users =
+        this.expert === null ? null : tokens.filter(({ experts }) => experts[this.layer].includes(this.expert)).length;
       const text =
         users === null
-          ? "The colour is the first expert of the layer. Point at a token, or choose one, to see its way through all layers; choose an expert to see its tokens."
-          : `Expert ${this.expert} of layer ${this.layer} worked on ${whole(users)} of ${plural(tokens.length, "token")} of the answer.`;
+          ? "The colour is the first expert of the layer. Point at a token, or choose one, to see its way through all " +
+            "layers; choose an expert to see its tokens."
+          : `Expert ${this.expert} of layer ${this.layer} worked on ${whole(users)} of ` +
+            `${plural(tokens.length, "token")} of the answer.`;
       this.detail.replaceChildren(el("p", { class: "help" }, text));
       return;
     }
     const i = Number(token.dataset.i);
     const { text, experts } = this.routing.tokens[i];
     const routes = experts.map((ids, layer) => {
-      const chips = ids.filter((id) => id >= 0).map((id) => {
-        const chip = el("span", { class: "chip" }, String(id));
-        tint(chip, id);
-        return chip;
-      });
-      return el("li", { class: layer === this.layer ? "here" : null }, el("span", { class: "small" }, `Layer ${layer}`), el("span", { class: "visually-hidden" }, ": experts "), ...chips);
+      const chips = ids
+        .filter((id) => id >= 0)
+        .map((id) => {
+          const chip = el("span", { class: "chip" }, String(id));
+          tint(chip, id);
+          return chip;
+        });
+      return el(
+        "li",
+        { class: layer === this.layer ? "here" : null },
+        el("span", { class: "small" }, `Layer ${layer}`),
+        el("span", { class: "visually-hidden" }, ": experts "),
+        ...chips,
+      );
     });
     this.detail.replaceChildren(
-      el("p", {}, el("code", {}, JSON.stringify(text)), el("span", { class: "small" }, ` token ${whole(i + 1)} of ${whole(this.routing.tokens.length)}`)),
+      el(
+        "p",
+        {},
+        el("code", {}, JSON.stringify(text)),
+        el("span", { class: "small" }, ` token ${whole(i + 1)} of ${whole(this.routing.tokens.length)}`),
+      ),
       el("ul", { class: "routes" }, ...routes),
     );
   }

@@ -1,8 +1,8 @@
 // Markdown to DOM nodes, while it streams in. Whatever the text says, it becomes text nodes inside elements that are
 // made here: there is no way from the source to markup, and links go to http, https and mailto only.
 //
-// Headings, paragraphs, lists, quotes, fenced code, tables, rules; code, strong, emphasis, strike, links. Line breaks are
-// kept (the style sheet has pre-wrap), as models mean them. Every function is linear in the length of its text.
+// Headings, paragraphs, lists, quotes, fenced code, tables, rules; code, strong, emphasis, strike, links. Line breaks
+// are kept (the style sheet has pre-wrap), as models mean them. Every function is linear in the length of its text.
 
 import { el, icon } from "./dom.js";
 
@@ -36,7 +36,10 @@ export class MarkdownStream {
     const reused = this.#extendCode(blocks, settled, isLast);
     if (!reused) {
       for (const node of this.live) node.remove();
-      filled(this.container, blocks.slice(0, settled).map((block) => renderBlock(block, false)));
+      filled(
+        this.container,
+        blocks.slice(0, settled).map((block) => renderBlock(block, false)),
+      );
       this.live = blocks.slice(settled).map((block) => renderBlock(block, true));
       filled(this.container, this.live);
     }
@@ -45,7 +48,8 @@ export class MarkdownStream {
 
   /** Add to the text of a code block that is still open, instead of making it anew. */
   #extendCode(blocks, settled, isLast) {
-    if (isLast || settled > 0 || blocks.length !== 1 || blocks[0].type !== "code" || this.live.length !== 1) return false;
+    if (isLast || settled > 0 || blocks.length !== 1 || blocks[0].type !== "code" || this.live.length !== 1)
+      return false;
     const shown = this.live[0].querySelector("code")?.firstChild;
     if (!shown || this.live[0].dataset.language !== blocks[0].language) return false;
     const { text } = blocks[0];
@@ -141,7 +145,17 @@ const READERS = {
 
   heading(lines, i) {
     const [, marks, text = ""] = HEADING.exec(lines[i]);
-    return [{ type: "heading", level: marks.length, text: text.trim().replace(/(^|[ \t])#+$/, "").trim() }, i + 1];
+    return [
+      {
+        type: "heading",
+        level: marks.length,
+        text: text
+          .trim()
+          .replace(/(^|[ \t])#+$/, "")
+          .trim(),
+      },
+      i + 1,
+    ];
   },
 
   rule: (lines, i) => [{ type: "rule" }, i + 1],
@@ -178,7 +192,9 @@ const READERS = {
 
   table(lines, i) {
     const head = cellsOf(lines[i]);
-    const sides = cellsOf(lines[i + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
+    const sides = cellsOf(lines[i + 1]).map((cell) =>
+      cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null,
+    );
     const rows = [];
     let end = i + 2;
     while (end < lines.length && lines[end].includes("|") && !BLANK.test(lines[end])) rows.push(cellsOf(lines[end++]));
@@ -246,17 +262,34 @@ function renderBlock(block, isLive) {
     case "rule":
       return el("hr");
     case "quote":
-      return filled(el("blockquote"), block.blocks.map((inner) => renderBlock(inner, isLive)));
+      return filled(
+        el("blockquote"),
+        block.blocks.map((inner) => renderBlock(inner, isLive)),
+      );
     case "list": {
       const start = block.first === null || block.first === 1 ? null : block.first;
-      const items = block.items.map((blocks) => filled(el("li"), blocks.flatMap((inner) => inItem(inner, block, isLive))));
+      const items = block.items.map((blocks) =>
+        filled(
+          el("li"),
+          blocks.flatMap((inner) => inItem(inner, block, isLive)),
+        ),
+      );
       return filled(el(block.first === null ? "ul" : "ol", { start, class: block.isLoose ? "loose" : null }), items);
     }
     case "table": {
       const row = (cells, tag) =>
-        filled(el("tr"), block.sides.map((side, i) => filled(el(tag, { class: side }), inline(cells[i] ?? "", isLive))));
+        filled(
+          el("tr"),
+          block.sides.map((side, i) => filled(el(tag, { class: side }), inline(cells[i] ?? "", isLive))),
+        );
       const table = el("table", {}, el("thead", {}, row(block.head, "th")));
-      if (block.rows.length) table.append(filled(el("tbody"), block.rows.map((cells) => row(cells, "td"))));
+      if (block.rows.length)
+        table.append(
+          filled(
+            el("tbody"),
+            block.rows.map((cells) => row(cells, "td")),
+          ),
+        );
       return el("div", { class: "table-scroll", tabindex: "0", role: "group", "aria-label": "Table" }, table);
     }
     default:

@@ -42,7 +42,8 @@ export class Settings {
       top_k: top_k ?? 0,
       max_tokens: max_tokens ?? null,
       seed: null,
-      thinking: thinking_budget === null || thinking_budget === undefined ? "unlimited" : thinking_budget > 0 ? "limit" : "off",
+      thinking:
+        thinking_budget === null || thinking_budget === undefined ? "unlimited" : thinking_budget > 0 ? "limit" : "off",
       thinking_budget: thinking_budget || 1000,
       expert_threshold: 1,
       routing_log: true,
@@ -74,7 +75,8 @@ export class Settings {
     if (now.thinking === "unlimited" && then.thinking !== "unlimited") words.push("thinking unlimited");
     if (now.system.trim()) words.push("system prompt");
     if (now.schema.trim()) words.push("JSON schema");
-    if (now.tools.trim()) words.push(this.tools.length ? `tools: ${this.tools.map((tool) => tool.function.name).join(", ")}` : "tools");
+    if (now.tools.trim())
+      words.push(this.tools.length ? `tools: ${this.tools.map((tool) => tool.function.name).join(", ")}` : "tools");
     return words;
   }
 
@@ -120,27 +122,54 @@ export class Settings {
         this.#slider("temperature", 0, 2, 0.05, "0 takes the most probable token each time; higher is more varied."),
         this.#slider("top_p", 0.05, 1, 0.05, "Draw from the most probable tokens that hold this share together."),
         this.#number("top_k", 0, 100_000, "Draw from this many most probable tokens; 0: from all."),
-        this.#number("max_tokens", 1, this.info.max_model_len, "Of the answer, thinking included. Empty: what the context leaves."),
+        this.#number(
+          "max_tokens",
+          1,
+          this.info.max_model_len,
+          "Of the answer, thinking included. Empty: what the context leaves.",
+        ),
         this.#number("seed", 0, 2 ** 53 - 1, "The same seed draws the same answer. Empty: another one each time."),
       ),
       group(
         "Thinking",
-        this.#choice("thinking", { unlimited: "As long as it takes", limit: "At most …", off: "Off" }, "How long the model may think before it answers."),
+        this.#choice(
+          "thinking",
+          { unlimited: "As long as it takes", limit: "At most …", off: "Off" },
+          "How long the model may think before it answers.",
+        ),
         this.#number("thinking_budget", 1, 10_000_000, "Tokens; then the thinking is closed and the answer begins."),
       ),
       group(
         "Experts",
-        this.#slider("expert_threshold", 0.05, 1, 0.05, "A token uses its experts in order until their weights reach this share; 1 is the model’s own choice, lower is faster."),
+        this.#slider(
+          "expert_threshold",
+          0.05,
+          1,
+          0.05,
+          "A token uses its experts in order until their weights reach this share; 1: the model’s own choice, lower: faster.",
+        ),
         this.#check("routing_log", "Record which experts each token goes to, for the view of an answer."),
       ),
       group("Prompt", this.#text("system", "What the model should know or be. M1 was trained with one.", 3)),
       group(
         "Form of the answer",
-        this.#text("schema", "A JSON schema that the answer has to follow.", 5, EXAMPLE_SCHEMA, (text) => parseSchema(text).error),
+        this.#text(
+          "schema",
+          "A JSON schema that the answer has to follow.",
+          5,
+          EXAMPLE_SCHEMA,
+          (text) => parseSchema(text).error,
+        ),
       ),
       group(
         "Tools",
-        this.#text("tools", "A JSON list of functions, as in OpenAI’s API. You play the tool: type what it returns.", 6, EXAMPLE_TOOL, (text) => parseTools(text).error),
+        this.#text(
+          "tools",
+          "A JSON list of functions, as in OpenAI’s API. You play the tool: type what it returns.",
+          6,
+          EXAMPLE_TOOL,
+          (text) => parseTools(text).error,
+        ),
         this.#choice("tool_choice", { auto: "The model decides" }, "Whether it has to call one."),
       ),
       group("Access", this.#key()),
@@ -185,7 +214,14 @@ export class Settings {
   }
 
   #slider(name, min, max, step, help) {
-    const shown = el("input", { type: "number", class: "beside", min, max, step: "any", "aria-label": `${LABELS[name]}, as a number` });
+    const shown = el("input", {
+      type: "number",
+      class: "beside",
+      min,
+      max,
+      step: "any",
+      "aria-label": `${LABELS[name]}, as a number`,
+    });
     const range = el("input", { type: "range", min, max, step });
     const row = this.#row(name, range, help, {
       extra: shown,
@@ -224,12 +260,19 @@ export class Settings {
 
   #choice(name, options, help) {
     const select = el("select", {}, ...Object.entries(options).map(([value, text]) => el("option", { value }, text)));
-    return this.#row(name, select, help, { read: () => ({ value: select.value }), write: (value) => (select.value = value) });
+    return this.#row(name, select, help, {
+      read: () => ({ value: select.value }),
+      write: (value) => (select.value = value),
+    });
   }
 
   #check(name, help) {
     const box = el("input", { type: "checkbox", class: "switch", role: "switch" });
-    return this.#row(name, box, help, { inline: true, read: () => ({ value: box.checked }), write: (value) => (box.checked = value) });
+    return this.#row(name, box, help, {
+      inline: true,
+      read: () => ({ value: box.checked }),
+      write: (value) => (box.checked = value),
+    });
   }
 
   #text(name, help, rows, example = null, check = null) {
@@ -252,7 +295,12 @@ export class Settings {
   }
 
   #key() {
-    const input = el("input", { type: "password", autocomplete: "off", id: "set-key", "aria-describedby": "set-key-help" });
+    const input = el("input", {
+      type: "password",
+      autocomplete: "off",
+      id: "set-key",
+      "aria-describedby": "set-key-help",
+    });
     input.addEventListener("input", () => {
       apiKey.set(input.value.trim());
       this.onChange();
@@ -345,7 +393,8 @@ export function parseTools(text) {
     const place = Array.isArray(value) ? `Tool ${i + 1}` : "The tool";
     const problem = toolProblem(tool);
     if (problem) return { tools: [], error: `${place} ${problem}` };
-    if (tools.some((other) => other.function.name === tool.name)) return { tools: [], error: `Two tools are named ${tool.name}` };
+    if (tools.some((other) => other.function.name === tool.name))
+      return { tools: [], error: `Two tools are named ${tool.name}` };
     tools.push({ type: "function", function: tool });
   }
   return { tools, error: "" };
@@ -364,7 +413,8 @@ export function parseSchema(text) {
   if (!text.trim()) return { schema: null, error: "" };
   const { value, error } = parseJson(text);
   if (error) return { schema: null, error };
-  if (typeof value !== "object" || value === null || Array.isArray(value)) return { schema: null, error: "A schema is an object" };
+  if (typeof value !== "object" || value === null || Array.isArray(value))
+    return { schema: null, error: "A schema is an object" };
   return { schema: value, error: "" };
 }
 

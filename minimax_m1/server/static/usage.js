@@ -7,7 +7,11 @@ const PERIODS = { day: "By day", hour: "By hour", key: "By key" };
 
 /** Fill the dialog's body with the usage, by day at first. */
 export async function showUsage(body, by = "day") {
-  const select = el("select", { "aria-label": "Rows" }, ...Object.entries(PERIODS).map(([value, text]) => el("option", { value, selected: value === by }, text)));
+  const select = el(
+    "select",
+    { "aria-label": "Rows" },
+    ...Object.entries(PERIODS).map(([value, text]) => el("option", { value, selected: value === by }, text)),
+  );
   select.addEventListener("change", () => showUsage(body, select.value));
   const place = el("div", { class: "usage", "aria-live": "polite" }, el("p", { class: "help" }, "Reading…"));
   const hadFocus = body.querySelector("select") === document.activeElement;
@@ -15,7 +19,9 @@ export async function showUsage(body, by = "day") {
   if (hadFocus) select.focus();
   try {
     const { data, currency } = await (await request(`v1/usage?by=${by}`)).json();
-    place.replaceChildren(data.length ? usageTable(data, currency, by) : el("p", { class: "help" }, "Nothing has been used yet."));
+    place.replaceChildren(
+      data.length ? usageTable(data, currency, by) : el("p", { class: "help" }, "Nothing has been used yet."),
+    );
   } catch (error) {
     const again = el("button", { type: "button", class: "button" }, "Try again");
     again.addEventListener("click", () => showUsage(body, by));
@@ -25,11 +31,29 @@ export async function showUsage(body, by = "day") {
 }
 
 function usageTable(rows, currency, by) {
-  const names = ["requests", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "cost", "flops"];
+  const names = [
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "cost",
+    "flops",
+  ];
   const total = Object.fromEntries(names.map((name) => [name, rows.reduce((sum, row) => sum + (row[name] ?? 0), 0)]));
   const keys = new Set(rows.map((row) => row.key).filter(Boolean));
   const withKey = by !== "key" && keys.size > 1;
-  const heads = [PERIODS[by].slice(3), ...(withKey ? ["key"] : []), "requests", "prompt", "cached", "written", "thinking", "cost", "FLOPs"];
+  const heads = [
+    PERIODS[by].slice(3),
+    ...(withKey ? ["key"] : []),
+    "requests",
+    "prompt",
+    "cached",
+    "written",
+    "thinking",
+    "cost",
+    "FLOPs",
+  ];
   const most = Math.max(1, ...rows.map((row) => row.prompt_tokens + row.completion_tokens));
   const line = (row, label, tag) => {
     const first = el(tag, { scope: tag === "th" ? "row" : null }, label);
@@ -40,7 +64,14 @@ function usageTable(rows, currency, by) {
     }
     const cells = names.map((name) => {
       const value = row[name] ?? 0;
-      const text = name === "cost" ? money(value, currency) : name === "flops" ? flops(value) : value >= 1e7 ? compact(value) : whole(value);
+      const text =
+        name === "cost"
+          ? money(value, currency)
+          : name === "flops"
+            ? flops(value)
+            : value >= 1e7
+              ? compact(value)
+              : whole(value);
       return el("td", { title: whole(value) }, text);
     });
     return el("tr", {}, first, withKey ? el("td", { class: "left" }, row.key ?? "") : null, ...cells);
@@ -57,5 +88,10 @@ function usageTable(rows, currency, by) {
 
 function periodOf(row, by) {
   const value = row[by] ?? row.period ?? "";
-  return typeof value === "number" ? new Date(value * 1000).toISOString().slice(0, by === "hour" ? 16 : 10).replace("T", " ") : String(value);
+  return typeof value === "number"
+    ? new Date(value * 1000)
+        .toISOString()
+        .slice(0, by === "hour" ? 16 : 10)
+        .replace("T", " ")
+    : String(value);
 }
