@@ -744,7 +744,7 @@ def test_an_inline_script_does_not_run(visit: Visit) -> None:
 
 SAMPLE = """# A *title* with `code`
 
-A paragraph with **strong**, *em*, _em_, ~~gone~~, `a*b`, https://example.org/x_y(z).
+A paragraph with **strong**, *em*, _em_, ~~gone~~, `a*b`, (https://example.org/x_y(z)).
 And [a **link**](https://a.example "t"). It goes on here: 3*4*5, snake_case_name, 2 * 3, a\\*b, **2**.
 
 1. one
@@ -787,6 +787,7 @@ open fence with `ticks`
 def test_markdown_in_any_pieces_is_the_same(visit: Visit) -> None:
     page = visit.open()
     whole = page.evaluate(RENDER, [SAMPLE, None])
+    assert "https://example.org/x_y(z)" in re.findall(r'href="(.*?)"', whole["html"])
     assert {"h2", "em", "strong", "del", "code", "a", "ol", "ul", "blockquote", "table", "pre", "hr"} <= set(
         whole["tags"]
     )
@@ -799,6 +800,20 @@ def test_markdown_in_any_pieces_is_the_same(visit: Visit) -> None:
         cuttings.append([SAMPLE[a:b] for a, b in zip([0, *places], [*places, None], strict=True)])
     for pieces in cuttings:
         assert page.evaluate(RENDER, [SAMPLE, pieces])["html"] == whole["html"]
+
+
+def test_any_markdown_in_any_pieces_is_the_same(visit: Visit) -> None:
+    parts = "a|b c|**|*|_|`|``|```|```\n|\n|\n\n|- |  - |1. |   |> |# |---\n|~~|~~~\n|\\|[|](|](https://a.b)|![|)|\t|<b>".split(
+        "|"
+    )
+    parts += ["|", "| a | b |\n", "|---|---|\n", "<https://a.b>", "(https://c.d/e_f*g(h))", "2*3", " * "]
+    rng = random.Random(0)
+    page = visit.open()
+    for _ in range(300):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 30)))
+        places = sorted(rng.sample(range(len(text)), rng.randint(0, len(text) - 1)))
+        pieces = [text[a:b] for a, b in zip([0, *places], [*places, None], strict=True)]
+        assert page.evaluate(RENDER, [text, pieces])["html"] == page.evaluate(RENDER, [text, None])["html"], text
 
 
 def test_plain_text_is_preserved(visit: Visit) -> None:

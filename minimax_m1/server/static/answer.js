@@ -176,8 +176,7 @@ export class AnswerView {
         lines.push([`${whole(((tokens - 1) / writingMs) * 1000)} tokens/s`, "Speed of writing"]);
     }
     if (firstMs) lines.push([`first after ${seconds(firstMs)}`, "Time to the first token"]);
-    if (usage?.cost !== undefined)
-      lines.push([money(usage.cost, this.info.currency), "Cost at this server’s prices"]);
+    if (usage?.cost !== undefined) lines.push([money(usage.cost, this.info.currency), "Cost at this server’s prices"]);
     if (usage?.flops !== undefined)
       lines.push([flops(usage.flops), "Floating-point operations, by the model’s formula"]);
     this.stats.replaceChildren(...lines.map(([text, title]) => el("li", { title }, text)));

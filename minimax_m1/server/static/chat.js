@@ -25,7 +25,7 @@ export class Chat {
     turns.addEventListener("click", (event) => this.#onClick(event));
     turns.addEventListener("submit", (event) => this.#onSubmit(event));
     turns.addEventListener("keydown", (event) => this.#onKeydown(event));
-    window.addEventListener("pagehide", () => this.#save());
+    window.addEventListener("pagehide", () => this.isRunning && this.#save());
   }
 
   get isRunning() {

@@ -36,7 +36,7 @@ export function iconButton(name, label, data = {}) {
   return el("button", { type: "button", class: "icon-button", title: label, "aria-label": label, data }, icon(name));
 }
 
-/** Put a text on the clipboard; return whether it worked. Over plain http, but for localhost, there is no API for it. */
+/** Put a text on the clipboard; return whether it worked. On plain http, but for localhost, there is no API for it. */
 export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);

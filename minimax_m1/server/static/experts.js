@@ -421,8 +421,8 @@ export class ExpertsView {
         this.expert === null ? null : tokens.filter(({ experts }) => experts[this.layer].includes(this.expert)).length;
       const text =
         users === null
-          ? "The colour is the first expert of the layer. Point at a token, or choose one, to see its way through all " +
-            "layers; choose an expert to see its tokens."
+          ? "The colour is the first expert of the layer. Point at a token, or choose one, to see its way through " +
+            "all layers; choose an expert to see its tokens."
           : `Expert ${this.expert} of layer ${this.layer} worked on ${whole(users)} of ` +
             `${plural(tokens.length, "token")} of the answer.`;
       this.detail.replaceChildren(el("p", { class: "help" }, text));

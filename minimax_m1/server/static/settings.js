@@ -146,7 +146,8 @@ export class Settings {
           0.05,
           1,
           0.05,
-          "A token uses its experts in order until their weights reach this share; 1: the model’s own choice, lower: faster.",
+          "A token uses its experts in order until their weights reach this share; 1 is the model’s own choice, " +
+            "lower is faster.",
         ),
         this.#check("routing_log", "Record which experts each token goes to, for the view of an answer."),
       ),
