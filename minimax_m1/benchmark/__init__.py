@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minimax_m1.benchmark import engine, llama_cpp, network
+from minimax_m1.benchmark import engine, llama_cpp, network, server
 from minimax_m1.benchmark.measure import Figure, Machine, as_line, measure_machine, processor
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
@@ -20,7 +20,7 @@ from minimax_m1.kernels import choose
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.settings import BenchSettings
 
-CASES = (*network.CASES, *engine.CASES, llama_cpp.CASE)
+CASES = (*network.CASES, *engine.CASES, server.CASE, llama_cpp.CASE)
 
 
 def main(settings: BenchSettings) -> None:
@@ -71,6 +71,8 @@ def _run_size(
         network.check_same(model, twin)
     yield from engine.run(size, model, twin, machine, cases, quick=settings.quick)
     yield from network.run(size, model, twin, machine, cases, quick=settings.quick)
+    if server.CASE in cases:
+        yield from server.run(size, model, quick=settings.quick)
     del model, twin
     if rival is not None and llama_cpp.CASE in cases:
         yield from llama_cpp.run(size, _random_model(config), rival, machine, quick=settings.quick)

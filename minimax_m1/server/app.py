@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def serve(settings: ServeSettings) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:
-    server = _Server(service)
+    server = Server(service)
     watch = asyncio.create_task(_stop_with_engine(service, server))
     try:
         await server.serve([listener])
@@ -106,7 +107,7 @@ async def _stop_with_engine(service: Service, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, which drains the service before it stops."""
 
     def __init__(self, service: Service) -> None:
@@ -127,6 +128,9 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop at SIGTERM and Ctrl-C, and do not raise them again behind it, as uvicorn would: there is work left."""
+        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+            yield
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
