@@ -7,6 +7,7 @@ import re
 import shutil
 import string
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -542,7 +543,8 @@ def large_model(layers: int, experts: int, num_tokens: int) -> tuple[dict[str, A
     ]
     rows = []
     for layer in range(layers):
-        counts = [sum(expert in token["experts"][layer] for token in tokens) for expert in range(experts)]
+        used = Counter(expert for token in tokens for expert in token["experts"][layer])
+        counts = [used[expert] for expert in range(experts)]
         rows.append(
             {"layer": layer, "experts": list(range(experts)), "counts": counts, "mean_weights": [0.5] * experts}
             | {"load_balance_entropy": 0.9}

@@ -166,7 +166,8 @@ export class Settings {
         "Tools",
         this.#text(
           "tools",
-          "A JSON list of functions, as in OpenAI’s API. You play the tool: type what it returns.",
+          "A JSON list of functions, as in OpenAI’s API. You play the tool: type what it returns." +
+            (this.info.abilities ? " The shipped model knows of no tools; below, it can be made to call one." : ""),
           6,
           EXAMPLE_TOOL,
           (text) => parseTools(text).error,
@@ -282,7 +283,7 @@ export class Settings {
     if (example) {
       insert = el("button", { type: "button", class: "link", data: { example: name } }, "Example");
       insert.addEventListener("click", () => {
-        area.value = JSON.stringify(example, null, 2);
+        area.value = JSON.stringify(example, null, 1);
         area.dispatchEvent(new Event("input"));
         area.focus();
       });
