@@ -42,7 +42,7 @@ def running_server(*flags: str, usage_db: Path, env: dict[str, str] | None = Non
     """Start `minimax-m1 serve` with the shipped model unless the flags say otherwise; end it behind the block."""
     command = [sys.executable, "-m", "minimax_m1", "serve", "--port", "0", "--usage-db", str(usage_db)]
     process = subprocess.Popen(
-        [*command, "--cache-bytes", str(256 << 20), *flags],
+        [*command, *([] if "--cache-bytes" in flags else ["--cache-bytes", str(256 << 20)]), *flags],
         cwd=PROJECT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
