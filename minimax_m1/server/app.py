@@ -139,7 +139,11 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._service.drain(self._service.settings.drain_seconds)
+        service, seconds = self._service, self._service.settings.drain_seconds
+        if service.exchanges:
+            num = len(service.exchanges)
+            logger.warning("waiting up to %g s for %d requests in flight; Ctrl-C again aborts them", seconds, num)
+        await service.drain(seconds, lambda: self.force_exit)
         await super().shutdown(sockets)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -190,15 +190,16 @@ class Service:
         self.check_outputs(params.n, len(prompts))
         return Exchange(self, caller, route, prompts, params, routing_log, names or {}, only_scores)
 
-    async def drain(self, seconds: float) -> None:
-        """Refuse new requests; give those in flight some time, then abort them."""
+    async def drain(self, seconds: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests; give those in flight some time, or until it is urgent, then abort them."""
         self.draining = True
         end = time.monotonic() + seconds
-        while self.exchanges and time.monotonic() < end:
+        while self.exchanges and time.monotonic() < end and not is_urgent():
             await asyncio.sleep(0.05)
         for exchange in list(self.exchanges):
             exchange.abort()
-        while self.exchanges and time.monotonic() < end + 1:  # they tell their clients
+        end = time.monotonic() + 1
+        while self.exchanges and time.monotonic() < end:  # they tell their clients
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
