@@ -487,7 +487,9 @@ def drop_experts(weights: Tensor, threshold: Tensor) -> Tensor:
     were trained; at 1 every expert is kept and nothing changes.
     """
     before = weights.cumsum(-1) - weights
-    kept = weights * ((before < threshold[:, None]) | (threshold[:, None] >= 1))
+    is_kept = (before < threshold[:, None]) | (threshold[:, None] >= 1)
+    is_kept[:, 0] = True  # also where a tiny threshold has become 0 in float32
+    kept = weights * is_kept
     return torch.where(threshold[:, None] >= 1, weights, kept / kept.sum(-1, keepdim=True))
 
 

@@ -49,7 +49,7 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", _as_tuple("structured.choice", self.choice))
         if not all(isinstance(text, str) and text for text in self.choice):
-            raise UserError(f"structured.choice: {self.choice!r:.60} cannot be used; accepted: texts that are not empty")
+            raise UserError(f"structured.choice: {self.choice!r:.60} cannot be used; accepted: texts, none empty")
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False, ())]
         if len(given) != 1:
             names = ", ".join(f.name for f in dataclasses.fields(self))
@@ -117,7 +117,7 @@ class SamplingParams:
         _check_number("top_p", self.top_p, 0, 1, above=True)
         _check_whole("top_k", self.top_k, 0)
         _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 1000, above=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1000)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_whole("min_tokens", self.min_tokens, 0)

@@ -11,7 +11,7 @@ from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.kernels.lightning import lightning_slopes
-from minimax_m1.model import DynamicGate, Gate, MiniMaxM1ForCausalLM, Routing, load_balancing_loss
+from minimax_m1.model import DynamicGate, Gate, MiniMaxM1ForCausalLM, Routing, drop_experts, load_balancing_loss
 from tests.tolerances import LOGITS, relative_error
 
 SMALL = MiniMaxM1Config(
@@ -280,3 +280,9 @@ def test_a_reset_slot_remembers_nothing():
     cache.reset(0)
     hidden, _ = model.forward_packed(second, cache.batch([0], [30]), cache)
     assert relative_error(model.compute_logits(hidden), model(second[None]).logits[0]) < LOGITS
+
+
+def test_a_tiny_expert_threshold_keeps_the_first_expert():
+    weights = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+    threshold = torch.tensor([5e-324, 1e-30])  # the first is 0 in float32
+    assert drop_experts(weights, threshold).tolist() == [[1, 0], [1, 0]]

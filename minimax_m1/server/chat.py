@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
 from minimax_m1.errors import UserError
@@ -31,6 +31,38 @@ router = APIRouter()
 ROUTE = "/v1/chat/completions"
 
 
+# For /openapi.json; `tokenizer.chat_template` checks the messages.
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["type", "text"],
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        },
+                    },
+                ],
+                "description": "null, or absent, in an assistant's message that calls tools",
+            },
+            "reasoning_content": {"type": "string", "description": "of the assistant; also as reasoning"},
+            "tool_calls": {"type": "array", "items": {"type": "object"}},
+            "tool_call_id": {"type": "string", "description": "of a tool's message: the call that it answers"},
+            "name": {"type": "string"},
+        },
+    },
+}
+
+
 class StreamOptions(Body):
     """What a stream carries beside the text."""
 
@@ -44,9 +76,7 @@ class StreamOptions(Body):
 class ChatRequest(SamplingFields):
     """The body of POST /v1/chat/completions. Field by field in docs/server.md."""
 
-    messages: list[dict[str, Any]] = Field(
-        min_length=1, description="role (system, developer, user, assistant, tool) and content: a text, or text parts"
-    )
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="of the output, thinking included")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same; give one of the two")
     n: int | None = Field(None, ge=1)

@@ -25,7 +25,7 @@ def new_id(prefix: str) -> str:
 
 def encode_json(value: Any) -> bytes:
     """Return a value as JSON in UTF-8. Half of a surrogate pair, which UTF-8 cannot write, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def encode_event(value: Any, name: str | None = None) -> bytes:

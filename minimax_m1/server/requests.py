@@ -159,7 +159,7 @@ class SamplingFields(ThinkingFields):
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=1000)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1000)
     logit_bias: dict[str, float] | None = Field(None, description="token id, as text -> what is added to its logit")
     expert_threshold: float | None = Field(
         None, gt=0, le=1, description="a token uses its experts until their weights reach this; 1: the model's own"
