@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import statistics
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,18 @@ def run(size: str, model: MiniMaxM1ForCausalLM, *, quick: bool) -> Iterator[Figu
         EngineSettings(max_batch_size=64, cache_bytes=CACHE_BYTES, prefix_cache=False, routing_log=True),
     )
     _engine_alone(engine, 4)  # warm-up
-    with _served(engine) as port:
+    with _served(engine) as (service, port):
         for num_streams in (1, 16, 64):
-            pairs = [(_over_http(port, num_streams), _engine_alone(engine, num_streams)) for _ in range(rounds)]
+            alone = functools.partial(_engine_alone, engine, num_streams)
+            pairs = [(_over_http(port, num_streams), _in_engine_thread(service, alone)) for _ in range(rounds)]
             ours, peer = (num_streams * NUM_TOKENS / statistics.median(s) for s in zip(*pairs, strict=True))
             yield Figure(f"{size} {num_streams} streams over HTTP", "tok/s", ours, peer)
-        yield Figure(f"{size} first token over HTTP, more by", "ms", _overhead(engine, port, 5 if quick else 40))
+        yield Figure(f"{size} first token over HTTP, more by", "ms", _overhead(service, port, 5 if quick else 40))
 
 
 @contextlib.contextmanager
-def _served(engine: Engine) -> Iterator[int]:
-    """Serve an engine in another thread, as `minimax-m1 serve` does; yield the port."""
+def _served(engine: Engine) -> Iterator[tuple[Service, int]]:
+    """Serve an engine in another thread, as `minimax-m1 serve` does; yield the service and its port."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ServeSettings(access_log=False, drain_seconds=0)
         service = Service(engine, "bench", settings, Accounts([], database=Path(folder) / "usage.sqlite"))
@@ -61,11 +63,16 @@ def _served(engine: Engine) -> Iterator[int]:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
-            yield listener.getsockname()[1]
+            yield service, listener.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join()
             asyncio.run(service.close())
+
+
+def _in_engine_thread(service: Service, function: Callable[[], float]) -> float:
+    """Run a function where the server's engine runs, for two threads must not step it."""
+    return asyncio.run(service.async_engine.call(function))
 
 
 def _messages(index: int) -> list[dict[str, str]]:
@@ -89,19 +96,19 @@ def _over_http(port: int, num_streams: int) -> float:
 
 
 def _engine_alone(engine: Engine, num_requests: int, num_tokens: int = NUM_TOKENS) -> float:
-    """Return the seconds that the same requests take in this process; the server's thread of the engine rests."""
+    """Return the seconds that the same requests take without a server."""
     params = SamplingParams(temperature=0, max_new_tokens=num_tokens, ignore_eos=True)
     start = time.perf_counter()
     engine.chat([_messages(i) for i in range(num_requests)], params, routing_log=False)
     return time.perf_counter() - start
 
 
-def _overhead(engine: Engine, port: int, rounds: int) -> float:
+def _overhead(service: Service, port: int, rounds: int) -> float:
     """Return the median milliseconds from the request to the first token over HTTP, less those of the engine."""
     more = []
     for i in range(rounds):
-        http, alone = _seconds_to_first_token(port, i), _engine_alone_first(engine, i)
-        more.append(1000 * (http - alone))
+        alone = _in_engine_thread(service, functools.partial(_engine_alone_first, service.engine, i))
+        more.append(1000 * (_seconds_to_first_token(port, i) - alone))
     return statistics.median(more)
 
 
