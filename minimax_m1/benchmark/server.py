@@ -24,7 +24,7 @@ from minimax_m1.engine import Engine
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.server.accounts import Accounts
-from minimax_m1.server.app import Server
+from minimax_m1.server.app import Server, run_loop
 from minimax_m1.server.service import Service
 from minimax_m1.settings import EngineSettings, ServeSettings
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
@@ -60,7 +60,7 @@ def _served(engine: Engine) -> Iterator[tuple[Service, int]]:
         service = Service(engine, "bench", settings, Accounts([], database=Path(folder) / "usage.sqlite"))
         server = Server(service)
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread = threading.Thread(target=lambda: run_loop(server.serve([listener])))
         thread.start()
         try:
             yield service, listener.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -157,7 +158,7 @@ class AsyncEngine:
 
         def put() -> None:
             for stream, gain in gains.items():
-                stream.gains.put_nowait(gain)
+                stream.put(gain)
 
         try:
             next(iter(gains)).loop.call_soon_threadsafe(put)
@@ -193,27 +194,47 @@ class DeltaStream:
         self._engine = engine
         self.loop = loop
         self.request_ids: list[str] = []  # in the order of the prompts
-        self.unfinished = 0  # outputs without a result
-        self.gains: asyncio.Queue[list[Delta] | BaseException] = asyncio.Queue()
+        self.unfinished = 0  # outputs whose result has not been taken
+        self._deltas: list[Delta] = []  # that have come and have not been taken
+        self._error: BaseException | None = None  # what ended the engine
+        self._num_ended = 0  # outputs whose result has come
+        self._has_news, self._has_ended = asyncio.Event(), asyncio.Event()
 
-    async def take(self) -> list[Delta]:
+    def put(self, gain: list[Delta] | BaseException) -> None:
+        """Take in what a step brought, or why there will be no more; called in the event loop."""
+        if isinstance(gain, BaseException):
+            self._error = gain
+        else:
+            self._deltas += gain
+            self._num_ended += sum(delta.result is not None for delta in gain)
+        self._has_news.set()
+        if self._error is not None or self._num_ended == self.unfinished:
+            self._has_ended.set()
+
+    async def take(self, pause: float = 0.0) -> list[Delta]:
         """Wait for the next deltas and return all that have come; an empty list once every output has its result.
+
+        Args:
+            pause: seconds to let deltas gather before, unless the last output ends meanwhile.
 
         Raises:
             UserError: the engine was closed. Other errors are those that ended it.
         """
         if not self.unfinished:
             return []
-        gain = await self.gains.get()
-        deltas: list[Delta] = []
-        while True:
-            if isinstance(gain, BaseException):
-                raise gain
-            deltas += gain
-            if self.gains.empty():
-                break
-            gain = self.gains.get_nowait()
-        self.unfinished -= sum(delta.result is not None for delta in deltas)
+        if pause > 0 and not self._has_ended.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._has_ended.wait(), pause)
+        await self._has_news.wait()
+        self._has_news.clear()
+        deltas, self._deltas = self._deltas, []
+        if self._error is not None:
+            self._has_news.set()  # for whoever asks again
+            if not deltas:
+                raise self._error
+        num_ended = sum(delta.result is not None for delta in deltas)
+        self.unfinished -= num_ended
+        self._num_ended -= num_ended
         return deltas
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 
 from minimax_m1.engine.routing_log import RoutingLog
@@ -55,6 +56,7 @@ class Delta:
     text: str  # may lag behind the tokens: half characters and beginnings of stop strings are held back
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of `token_ids`, if asked for
     result: GenerationResult | None = None  # in the last delta
+    time: float = field(default_factory=time.monotonic)  # when the step had it
 
 
 def joined(first: Delta, second: Delta) -> Delta:
@@ -66,6 +68,7 @@ def joined(first: Delta, second: Delta) -> Delta:
         first.text + second.text,
         first.logprobs + second.logprobs,
         second.result,
+        second.time,
     )
 
 

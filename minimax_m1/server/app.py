@@ -33,9 +33,9 @@ from minimax_m1.settings import EngineSettings, ServeSettings
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 if sys.platform == "win32":
-    uvloop = None
+    from asyncio import run as run_loop
 else:
-    import uvloop
+    from uvloop import run as run_loop
 
 logger = logging.getLogger("minimax_m1.server")
 
@@ -82,8 +82,7 @@ def serve(settings: ServeSettings) -> None:
         is_shipped=settings.model is None,
     )
     _print_banner(service, listener)
-    run = asyncio.run if uvloop is None else uvloop.run
-    run(_serve(service, listener))
+    run_loop(_serve(service, listener))
     if service.failed:
         sys.exit(1)
 

@@ -222,11 +222,11 @@ class Timeline:
         self._latest: tuple[float, float] | None = None  # those of the output that gained last
         self._num_finished = 0
 
-    def tokens(self, index: int, num_tokens: int) -> None:
-        """Count the tokens that an output has gained just now."""
+    def tokens(self, index: int, num_tokens: int, now: float) -> None:
+        """Count the tokens that an output has gained, now by `time.monotonic`."""
         if num_tokens == 0:
             return
-        metrics, now = self._metrics, time.monotonic()
+        metrics = self._metrics
         metrics.generation_tokens.inc(num_tokens)
         times = self._times.get(index)
         if times is None:

@@ -24,6 +24,9 @@ from minimax_m1.server.response_store import ResponseStore
 from minimax_m1.settings import ServeSettings
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
+# Between two events of one stream, but for its end: tokens that come faster share one. Fifty a second are more than an
+# eye can follow, and a small model makes several hundred, each of which would cost as much to send as to compute.
+EVENT_SECONDS = 0.02
 LONG_TEXT = 20_000  # characters; longer ones are tokenized in another thread, for the event loop is everybody's
 
 RoutingLog = bool | Literal["tokens"]
@@ -281,22 +284,24 @@ class Exchange:
         """
         assert self._stream is not None
         places = {name: i for i, name in enumerate(self._stream.request_ids)}
-        while deltas := await self._stream.take():
+        pause = 0.0
+        while deltas := await self._stream.take(pause):
+            taken = time.monotonic()
             gains: dict[int, Delta] = {}
             for delta in deltas:
                 prompt = places[delta.request_id]
                 choice = prompt * self.params.n + delta.index
                 self._count(prompt, choice, delta)
-                # Who cannot follow gets several steps at once, so that a busy server spends less on each.
                 gains[choice] = joined(gains[choice], delta) if choice in gains else delta
             yield list(gains.items())
+            pause = taken + EVENT_SECONDS - time.monotonic()
             if self._aborted:
                 raise ApiError(503, "the server had to stop before this was complete", code="aborted")
 
     def _count(self, prompt: int, choice: int, delta: Delta) -> None:
         timeline = self._timelines[prompt]
         if delta.token_ids:
-            timeline.tokens(delta.index, len(delta.token_ids))
+            timeline.tokens(delta.index, len(delta.token_ids), delta.time)
             self._num_tokens[choice] += 0 if self._only_scores else len(delta.token_ids)
         if delta.result is not None:
             self.results[choice] = delta.result
@@ -414,20 +419,23 @@ def _num_chars(value: Any) -> int:
     return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
-def get_service(request: Request) -> Service:
+# Dependencies that are not async would each run in another thread.
+
+
+async def get_service(request: Request) -> Service:
     """Return the service that an app was made for (a FastAPI dependency)."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who sent a request (a FastAPI dependency); `gate.Gate` has found it out."""
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller
 
 
-def get_key(request: Request) -> Key:
+async def get_key(request: Request) -> Key:
     """Return the key that a request came with (a FastAPI dependency)."""
-    return get_caller(request).key
+    return (await get_caller(request)).key

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +60,7 @@ class Client:
         for delta in self.engine.step():
             timeline = self.timelines[delta.request_id]
             if delta.token_ids:
-                timeline.tokens(delta.index, len(delta.token_ids))
+                timeline.tokens(delta.index, len(delta.token_ids), delta.time)
             if delta.result is not None:
                 usage = delta.result.usage
                 timeline.finish(
@@ -223,8 +224,8 @@ def test_a_client_that_leaves(client: Client, metrics: Metrics, engine: Engine) 
     assert value(metrics, "vllm:prompt_tokens_total") == 0
     timeline = metrics.begin(20)  # one output is complete, two have begun
     for index in range(3):
-        timeline.tokens(index, 1)
-    timeline.tokens(0, 1)
+        timeline.tokens(index, 1, time.monotonic())
+    timeline.tokens(0, 1, time.monotonic())
     timeline.finish("stop", 20, 0, 2)
     timeline.leave()
     timeline.leave()
@@ -236,9 +237,9 @@ def test_a_client_that_leaves(client: Client, metrics: Metrics, engine: Engine) 
 
 def test_tokens_that_come_together_share_the_time(metrics: Metrics) -> None:
     timeline = metrics.begin(20)
-    timeline.tokens(0, 1)
-    timeline.tokens(0, 4)
-    timeline.tokens(0, 0)
+    timeline.tokens(0, 1, time.monotonic())
+    timeline.tokens(0, 4, time.monotonic())
+    timeline.tokens(0, 0, time.monotonic())
     timeline.finish("stop", 20, 0, 5)
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 4
     between = value(metrics, "vllm:inter_token_latency_seconds_sum")
@@ -345,7 +346,7 @@ def test_http_exchanges(metrics: Metrics) -> None:
 
 def test_two_engines_do_not_share_counts(engine: Engine, metrics: Metrics) -> None:
     other = Metrics(engine, 'a "name"\nof two lines')
-    metrics.begin(3).tokens(0, 1)
+    metrics.begin(3).tokens(0, 1, time.monotonic())
     labels = {"model_name": 'a "name"\nof two lines', "engine": "0"}
     assert value(metrics, "vllm:generation_tokens_total") == 1
     assert value(other, "vllm:generation_tokens_total", labels) == 0
@@ -367,7 +368,7 @@ def test_scrapes_while_the_engine_runs(engine: Engine, metrics: Metrics) -> None
     async def ask(running: AsyncEngine, i: int) -> None:
         timeline = metrics.begin(150)
         async for delta in running.generate(prompt_of(150, first=5 + i), {"max_new_tokens": 30, "temperature": 0.0}):
-            timeline.tokens(delta.index, len(delta.token_ids))
+            timeline.tokens(delta.index, len(delta.token_ids), delta.time)
             if delta.result is not None:
                 timeline.finish("length", 150, delta.result.usage.cached_tokens, 30)
 
