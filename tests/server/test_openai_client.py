@@ -78,7 +78,7 @@ def test_chat(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_request_ids(client: openai.OpenAI) -> None:
-    assert ask(client, max_tokens=1)._request_id.startswith("req-")
+    assert ask(client, max_tokens=1)._request_id.startswith("req_")
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, max_tokens=1, extra_headers={"X-Request-Id": "my-own-7"}
     )
@@ -204,7 +204,7 @@ def test_usage_of_a_stream_comes_last_and_only_if_asked_for(client: openai.OpenA
         ask(client, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
     )
     counts = [usage.completion_tokens for usage, _ in usages]
-    assert len(counts) > 10 and counts == sorted(counts) and tokens(usages[-1][0]) == wanted
+    assert len(counts) > 2 and counts == sorted(counts) and tokens(usages[-1][0]) == wanted
 
 
 def test_bytes_of_a_stream(server: Server) -> None:
