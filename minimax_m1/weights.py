@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minimax_m1 import shipped
 from minimax_m1.config import MiniMaxM1Config, QuantizationConfig
 from minimax_m1.errors import UserError
 from minimax_m1.kernels.quantized import QuantizedWeight
@@ -35,6 +36,8 @@ from minimax_m1.quantization import (
     quantized_matrices,
     to_checkpoint,
 )
+from minimax_m1.settings import ModelSettings
+from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,6 +105,26 @@ def load_model(
         elif name.removesuffix("_scale") not in matrices:  # a scale is read with its values
             state[name].copy_(_read(pieces[name]))
     return model.eval()
+
+
+def load_checkpoint(settings: ModelSettings) -> tuple[MiniMaxM1ForCausalLM, MiniMaxM1Tokenizer]:
+    """Load the model and the tokenizer that a command's settings name, with a progress bar.
+
+    Raises:
+        UserError: the checkpoint or the device cannot be used.
+    """
+    folder = settings.model or shipped.path()
+    if not folder.is_dir():
+        raise UserError(f"model: there is no folder {folder}; a checkpoint folder with config.json is needed")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise UserError(f"device: {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
+    model = load_model(
+        folder, dtype=settings.dtype, device=settings.device, progress=True, quantization=settings.quantization
+    )
+    return model, tokenizer
 
 
 def _plan(folder: Path, config: MiniMaxM1Config) -> tuple[MiniMaxM1ForCausalLM, dict[str, Piece]]:

@@ -59,6 +59,10 @@ def generate(*, settings: Annotated[GenerateSettings, Fields]) -> None:
 @app.command
 def serve(*, settings: Annotated[ServeSettings, Fields] = ServeSettings()) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a playground in the browser."""
+    # Both are read once, when torch is loaded. Threads that spin while they wait take the cores of the event loop and
+    # of other processes, and code for a thousand prompt lengths takes hundreds of megabytes (docs/decisions.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from minimax_m1.server.app import serve
 
     serve(settings)

@@ -7,15 +7,12 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from minimax_m1 import shipped
 from minimax_m1.engine import Engine, GenerationResult
 from minimax_m1.errors import UserError
-from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import EngineSettings, ModelSettings, SamplingSettings
-from minimax_m1.tokenizer import AnswerEvent, AnswerParser, MiniMaxM1Tokenizer
+from minimax_m1.tokenizer import AnswerEvent, AnswerParser
+from minimax_m1.weights import load_checkpoint
 
 
 def load_engine(settings: ModelSettings) -> Engine:
@@ -24,32 +21,8 @@ def load_engine(settings: ModelSettings) -> Engine:
     Raises:
         UserError: the checkpoint or the device cannot be used.
     """
-    model, tokenizer = load(settings)
+    model, tokenizer = load_checkpoint(settings)
     return Engine(model, tokenizer, EngineSettings(max_batch_size=1), settings.backend)
-
-
-def load(settings: ModelSettings) -> tuple[MiniMaxM1ForCausalLM, MiniMaxM1Tokenizer]:
-    """Load the model and the tokenizer that the settings name.
-
-    Raises:
-        UserError: the checkpoint or the device cannot be used.
-    """
-    folder = settings.model or shipped.path()
-    if not folder.is_dir():
-        raise UserError(f"model: there is no folder {folder}; a checkpoint folder with config.json is needed")
-    _check_device(settings.device)
-    tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
-    model = MiniMaxM1ForCausalLM.from_pretrained(
-        folder, dtype=settings.dtype, device=settings.device, progress=True, quantization=settings.quantization
-    )
-    return model, tokenizer
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise UserError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def sampling_params(settings: SamplingSettings) -> SamplingParams:

@@ -23,14 +23,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from minimax_m1 import __version__, shipped
 from minimax_m1.engine import Engine
 from minimax_m1.errors import UserError
-from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.server import chat, completions, messages, native, playground, responses, status, tokens, usage
 from minimax_m1.server.accounts import DEFAULT_PRICES, Accounts, key_of, read_keys, read_prices
 from minimax_m1.server.errors import add_error_handlers
 from minimax_m1.server.gate import Gate, access_log
 from minimax_m1.server.service import Service
 from minimax_m1.settings import EngineSettings, ServeSettings
-from minimax_m1.tokenizer import MiniMaxM1Tokenizer
+from minimax_m1.weights import load_checkpoint
 
 if sys.platform == "win32":
     from asyncio import run as run_loop
@@ -185,13 +184,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 def _load_engine(settings: ServeSettings) -> Engine:
-    folder = settings.model or shipped.path()
-    if not folder.is_dir():
-        raise UserError(f"model: there is no folder {folder}; a checkpoint folder with config.json is needed")
-    tokenizer = MiniMaxM1Tokenizer.from_pretrained(folder)
-    model = MiniMaxM1ForCausalLM.from_pretrained(
-        folder, dtype=settings.dtype, device=settings.device, progress=True, quantization=settings.quantization
-    )
+    model, tokenizer = load_checkpoint(settings)
     engine_settings = EngineSettings(
         max_batch_size=settings.max_batch_size if settings.dynamic_batching else 1,
         max_num_tokens=settings.max_num_tokens,
