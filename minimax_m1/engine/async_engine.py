@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -198,7 +197,8 @@ class DeltaStream:
         self._deltas: list[Delta] = []  # that have come and have not been taken
         self._error: BaseException | None = None  # what ended the engine
         self._num_ended = 0  # outputs whose result has come
-        self._has_news, self._has_ended = asyncio.Event(), asyncio.Event()
+        self._is_gathering = False  # and nobody is to be woken before the end
+        self._wakes = asyncio.Event()
 
     def put(self, gain: list[Delta] | BaseException) -> None:
         """Take in what a step brought, or why there will be no more; called in the event loop."""
@@ -207,9 +207,13 @@ class DeltaStream:
         else:
             self._deltas += gain
             self._num_ended += sum(delta.result is not None for delta in gain)
-        self._has_news.set()
-        if self._error is not None or self._num_ended == self.unfinished:
-            self._has_ended.set()
+        if not self._is_gathering or self._error is not None or self._num_ended == self.unfinished:
+            self._wakes.set()
+
+    def _stop_gathering(self) -> None:
+        self._is_gathering = False
+        if self._deltas:
+            self._wakes.set()
 
     async def take(self, pause: float = 0.0) -> list[Delta]:
         """Wait for the next deltas and return all that have come; an empty list once every output has its result.
@@ -222,14 +226,15 @@ class DeltaStream:
         """
         if not self.unfinished:
             return []
-        if pause > 0 and not self._has_ended.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._has_ended.wait(), pause)
-        await self._has_news.wait()
-        self._has_news.clear()
+        if pause > 0 and self._error is None and self._num_ended < self.unfinished:
+            self._is_gathering = True
+            self._wakes.clear()
+            self.loop.call_later(pause, self._stop_gathering)
+        await self._wakes.wait()
+        self._wakes.clear()
         deltas, self._deltas = self._deltas, []
         if self._error is not None:
-            self._has_news.set()  # for whoever asks again
+            self._wakes.set()  # for whoever asks again
             if not deltas:
                 raise self._error
         num_ended = sum(delta.result is not None for delta in deltas)
