@@ -230,6 +230,22 @@ def test_bad_settings_are_refused(tiny_checkpoint, settings, match):
         Engine.from_pretrained(tiny_checkpoint, **settings)
 
 
+def test_a_closed_stream_is_gone_before_the_next_step(loaded):
+    def held():
+        return len(loaded.scheduler.running), len(loaded.scheduler._free_slots), loaded._requests
+
+    async def main():
+        async with AsyncEngine(loaded) as engine:
+            free = (await engine.call(held))[1]
+            stream = await engine.add(["pear", "plum"], SamplingParams(max_new_tokens=2000, temperature=0.0, n=2))
+            await stream.take()
+            assert (await engine.call(held))[:2] == (4, free - 4)
+            await stream.aclose()
+            assert await engine.call(held) == (0, free, {})  # calls come in order, and before another step
+
+    asyncio.run(main())
+
+
 def test_async_requests_run_together_and_leave_when_nobody_listens(loaded):
     async def answer(engine, prompt, params):
         return [delta async for delta in engine.generate(prompt, params)]
