@@ -14,13 +14,8 @@ from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import ChatSettings
-from minimax_m1.tasks.conversation import ABILITIES
+from minimax_m1.tasks.conversation import ABILITIES, EXAMPLES
 
-EXAMPLES = (
-    "What is 384 + 729?",
-    "Sort 31, 4, 15, 92, 6.",
-    "How many times does the letter r appear in strawberry?",
-)
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this"
 
 
@@ -99,6 +94,6 @@ def _print_banner(settings: ChatSettings, model: MiniMaxM1ForCausalLM) -> None:
     )
     if settings.model is None:
         print(f"A very small model that can {ABILITIES}. Try:")
-        for example in EXAMPLES:
+        for example in EXAMPLES[:3]:
             print(f"  {example}")
     print(dimmed(_HELP, sys.stdout), end="\n\n")

@@ -100,6 +100,11 @@ def token_text(service: Service, token: int) -> str:
     return service.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
+def stop_reason(result: GenerationResult) -> int | str | None:
+    """Return what ended an output, as in vLLM: the stop string or id; "repetition" if it went in circles."""
+    return "repetition" if result.finish_reason == "repetition" else result.stop_reason
+
+
 def chat_logprobs(service: Service, logprobs: Sequence[TokenLogprob], most: int) -> list[dict[str, Any]]:
     """Return log-probabilities as chat completions have them, with the `most` most probable tokens at each place."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -28,7 +29,7 @@ from minimax_m1.server.accounts import DEFAULT_PRICES, Accounts, key_of, read_ke
 from minimax_m1.server.errors import add_error_handlers
 from minimax_m1.server.gate import Gate, access_log
 from minimax_m1.server.service import Service
-from minimax_m1.settings import EngineSettings, ServeSettings
+from minimax_m1.settings import ServeSettings
 from minimax_m1.weights import load_checkpoint
 
 if sys.platform == "win32":
@@ -185,15 +186,9 @@ class _Protocol(HttpToolsProtocol):
 
 def _load_engine(settings: ServeSettings) -> Engine:
     model, tokenizer = load_checkpoint(settings)
-    engine_settings = EngineSettings(
+    engine_settings = dataclasses.replace(
+        settings,
         max_batch_size=settings.max_batch_size if settings.dynamic_batching else 1,
-        max_num_tokens=settings.max_num_tokens,
-        max_model_len=settings.max_model_len,
-        cache_bytes=settings.cache_bytes,
-        prefix_cache=settings.prefix_cache,
-        checkpoint_bytes=settings.checkpoint_bytes,
-        checkpoint_every=settings.checkpoint_every,
-        speculative_tokens=settings.speculative_tokens,
         routing_log=True,  # in all, for the metrics; each request says whether it wants its own
     )
     return Engine(model, tokenizer, engine_settings, settings.backend)

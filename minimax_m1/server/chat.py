@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams
-from minimax_m1.server.answers import Answer, Gain, answer_gains, chat_logprobs
+from minimax_m1.server.answers import Answer, Gain, answer_gains, chat_logprobs, stop_reason
 from minimax_m1.server.errors import ERROR_REPLIES, failed_event
 from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, new_id, unless_left
 from minimax_m1.server.requests import (
@@ -247,16 +247,10 @@ def _choice(exchange: Exchange, body: ChatRequest, index: int, answer: Answer) -
         content = chat_logprobs(exchange.service, answer.logprobs, body.top_logprobs or 0)
         choice["logprobs"] = {"content": content, "refusal": None}
     choice["finish_reason"] = answer.finish_reason
-    choice["stop_reason"] = stop_reason(answer)
+    choice["stop_reason"] = stop_reason(answer.result)
     if body.return_token_ids:
         choice["token_ids"] = answer.token_ids
     return choice
-
-
-def stop_reason(answer: Answer) -> int | str | None:
-    """Return what ended an output, as in vLLM: the stop string or id; "repetition" if it went in circles."""
-    assert answer.result is not None
-    return "repetition" if answer.result.finish_reason == "repetition" else answer.result.stop_reason
 
 
 def _first_choice(index: int) -> dict[str, Any]:
@@ -280,7 +274,7 @@ def _chunk_choices(service: Service, body: ChatRequest, gain: Gain, answers: lis
         choices[0]["token_ids"] = gain.delta.token_ids
     if gain.delta.result is not None:
         choices[-1]["finish_reason"] = answer.finish_reason
-        choices[-1]["stop_reason"] = stop_reason(answer)
+        choices[-1]["stop_reason"] = stop_reason(gain.delta.result)
     return choices
 
 

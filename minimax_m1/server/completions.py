@@ -14,7 +14,7 @@ from starlette.responses import Response
 from minimax_m1.engine import GenerationResult
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import SamplingParams, TokenLogprob
-from minimax_m1.server.answers import finish_reason, token_text
+from minimax_m1.server.answers import finish_reason, stop_reason, token_text
 from minimax_m1.server.chat import StreamOptions
 from minimax_m1.server.errors import ERROR_REPLIES, failed_event
 from minimax_m1.server.replies import DONE, EventStream, JsonReply, encode_event, new_id, unless_left
@@ -208,8 +208,7 @@ def _empty_choice(index: int) -> dict[str, Any]:
 
 
 def _end(result: GenerationResult) -> dict[str, Any]:
-    stop_reason = "repetition" if result.finish_reason == "repetition" else result.stop_reason
-    return {"finish_reason": finish_reason(result.finish_reason), "stop_reason": stop_reason}
+    return {"finish_reason": finish_reason(result.finish_reason), "stop_reason": stop_reason(result)}
 
 
 def _choice(exchange: Exchange, body: CompletionRequest, index: int) -> dict[str, Any]:

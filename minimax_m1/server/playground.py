@@ -13,8 +13,8 @@ from starlette.responses import Response
 from minimax_m1 import __version__, accounting
 from minimax_m1.server.errors import ApiError
 from minimax_m1.server.replies import JsonReply
-from minimax_m1.server.service import Service, get_service
-from minimax_m1.tasks.conversation import ABILITIES
+from minimax_m1.server.service import DEFAULT_TOP_P, Service, get_service
+from minimax_m1.tasks.conversation import ABILITIES, EXAMPLES
 
 router = APIRouter(tags=["playground"])
 
@@ -38,14 +38,6 @@ _HEADERS = {
 }
 
 # What the shipped model answers right; a test asks them all.
-EXAMPLES = (
-    "What is 384 + 729?",
-    "Sort 31, 4, 15, 92, 6.",
-    "How many times does the letter r appear in strawberry?",
-    "What is 47 * 23?",
-    "Which is larger, 90210 or 90120?",
-    "Spell lantern backwards.",
-)
 GENERAL_EXAMPLES = (
     "Explain why the sky is blue, in three sentences.",
     "Write a Python function that merges two sorted lists.",
@@ -115,8 +107,8 @@ def describe(service: Service) -> Info:
         abilities=ABILITIES if service.is_shipped else None,
         examples=list(EXAMPLES if service.is_shipped else GENERAL_EXAMPLES),
         defaults=Defaults(
-            temperature=0.0 if service.is_shipped else 1.0,
-            top_p=0.95,
+            temperature=service.default_temperature,
+            top_p=DEFAULT_TOP_P,
             top_k=0,
             max_tokens=None,
             thinking_budget=service.settings.thinking_budget,

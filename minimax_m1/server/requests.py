@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import THINKING_40K, THINKING_80K, SamplingParams, StructuredOutput
 from minimax_m1.server.errors import ApiError, nearest, renamed
-from minimax_m1.server.service import Service
+from minimax_m1.server.service import DEFAULT_TOP_P, RoutingDetail, Service
 
 # OpenAI's efforts as tokens of thinking; None: no limit. M1 was trained with budgets of 40K and 80K.
 EFFORTS: dict[str, int | None] = {
@@ -189,9 +189,8 @@ class SamplingFields(ThinkingFields):
         """
         values = {
             "max_new_tokens": service.engine.max_model_len if max_tokens is None else max_tokens,
-            # as in the command line: greedy for the shipped model, M1's recommendation for others
-            "temperature": (0.0 if service.is_shipped else 1.0) if self.temperature is None else self.temperature,
-            "top_p": 0.95 if self.top_p is None else self.top_p,
+            "temperature": service.default_temperature if self.temperature is None else self.temperature,
+            "top_p": DEFAULT_TOP_P if self.top_p is None else self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
             "seed": None if self.seed is None else self.seed % 2**63,
@@ -212,7 +211,7 @@ class SamplingFields(ThinkingFields):
         except UserError as error:
             raise renamed(error, {"max_new_tokens": "max_tokens", **(names or {})}) from None
 
-    def routing(self, service: Service) -> bool | Literal["tokens"]:
+    def routing(self, service: Service) -> RoutingDetail:
         """Return what the engine is to record: what is asked for, or else what the server does for everybody."""
         if self.routing_log is None:
             return service.settings.routing_log

@@ -29,7 +29,8 @@ from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 EVENT_SECONDS = 0.02
 LONG_TEXT = 20_000  # characters; longer ones are tokenized in another thread, for the event loop is everybody's
 
-RoutingLog = bool | Literal["tokens"]
+RoutingDetail = bool | Literal["tokens"]  # what the engine is to record of a request
+DEFAULT_TOP_P = 0.95  # where a request says nothing: M1's authors' recommendation
 
 
 @dataclass
@@ -82,6 +83,11 @@ class Service:
     def num_outputs(self) -> int:
         """Outputs that run or wait now."""
         return sum(exchange.num_outputs for exchange in self.exchanges)
+
+    @property
+    def default_temperature(self) -> float:
+        """Where a request says nothing: greedy for the shipped model, the authors' recommendation for others."""
+        return 0.0 if self.is_shipped else 1.0
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served; None means the one that is.
@@ -172,7 +178,7 @@ class Service:
         route: str,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        routing_log: RoutingLog = False,
+        routing_log: RoutingDetail = False,
         names: Mapping[str, str] | None = None,
         *,
         only_scores: bool = False,
@@ -227,7 +233,7 @@ class Exchange:
         route: str,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        routing_log: RoutingLog,
+        routing_log: RoutingDetail,
         names: Mapping[str, str],
         only_scores: bool,
     ) -> None:
@@ -244,17 +250,17 @@ class Exchange:
         self._aborted = False
 
     async def __aenter__(self) -> Exchange:
-        service = self.service
-        self._check_room()
         try:
             if self.params.structured is not None or self.params.forced_tools:
-                await asyncio.to_thread(service.engine.prepare, self.params)  # or all would wait for a large grammar
+                prepare = self.service.engine.prepare
+                await asyncio.to_thread(prepare, self.params)  # or all would wait for a large grammar
             await self._begin()
         except UserError as error:
             raise renamed(error, self._names) from None
         return self
 
     async def _begin(self) -> None:
+        self._check_room()  # with nothing awaited before the exchange is among those that take room
         service = self.service
         self._admission = service.accounts.admit(self.caller.key, sum(map(len, self.prompts)))
         service.exchanges.add(self)

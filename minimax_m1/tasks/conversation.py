@@ -8,6 +8,14 @@ from minimax_m1.tasks.problem import Problem, Task, score_by
 from minimax_m1.tasks.wording import word
 
 ABILITIES = "add, subtract, multiply, compare and sort numbers, count letters and reverse words"
+EXAMPLES = (  # that the shipped model gets right
+    "What is 384 + 729?",
+    "Sort 31, 4, 15, 92, 6.",
+    "How many times does the letter r appear in strawberry?",
+    "What is 47 * 23?",
+    "Which is larger, 90210 or 90120?",
+    "Spell lantern backwards.",
+)
 GREETING = "Hello! Ask me something like 384 + 729."
 IDENTITY = "I am m1-nano, a very small model with the MiniMax-M1 architecture."
 HELP = f"I can {ABILITIES}."
