@@ -212,7 +212,8 @@ class MiniMaxM1Model(nn.Module):
     def forward(
         self, input_ids: Tensor, batch: ForwardBatch, cache: HybridCache | None
     ) -> tuple[Tensor, list[Routing]]:
-        x = self.embed_tokens(input_ids).to(compute_dtype(self.embed_tokens.weight))
+        x = self.embed_tokens(input_ids)
+        x = x.to(compute_dtype(x))
         rotary = rotary_angles(batch.positions, self.config)
         routings = []
         for layer in self.layers:
@@ -372,16 +373,7 @@ class MoE(nn.Module):
         probs, expert_ids, weights = route(self.gate(v, batch), self.top_k, batch.backend)
         if batch.expert_threshold is not None:
             weights = drop_experts(weights, batch.expert_threshold)
-        y = expert_mlp(
-            v,
-            self.experts.w13,
-            self.experts.w2,
-            expert_ids,
-            weights,
-            backend=batch.backend,
-            num_decodes=batch.num_decode_rows,
-        )
-        return y, Routing(probs, expert_ids, weights)
+        return self.experts(v, expert_ids, weights, batch), Routing(probs, expert_ids, weights)
 
 
 class Experts(nn.Module):
@@ -397,6 +389,10 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.register_state_dict_post_hook(_split_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
+
+    def forward(self, v: Tensor, expert_ids: Tensor, expert_weights: Tensor, batch: ForwardBatch) -> Tensor:
+        w13, w2, rows = self.w13, self.w2, batch.num_decode_rows
+        return expert_mlp(v, w13, w2, expert_ids, expert_weights, backend=batch.backend, num_decodes=rows)
 
 
 class SharedMLP(nn.Module):
@@ -421,22 +417,23 @@ class Embedding(nn.Embedding):
         pass
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """A matrix without bias, [out, in], left uninitialised; results in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:  # type: ignore[override]
         return linear(x, self.weight, batch.backend, batch.num_decode_rows)
 
 
 class Float32Linear(Linear):
     """A matrix whose product is taken, and returned, in float32 whatever the model's dtype."""
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:  # type: ignore[override]
         return float32_linear(x, self.weight, batch.backend, batch.num_decode_rows)
 
 
@@ -451,7 +448,7 @@ class DynamicGate(Gate):
         super().__init__(in_features, out_features)
         self.temperature = nn.Parameter(torch.empty(()))
 
-    def forward(self, v: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(self, v: Tensor, batch: ForwardBatch) -> Tensor:  # type: ignore[override]
         logits = super().forward(v, batch)
         return logits / torch.exp(self.temperature.to(logits.dtype))
 

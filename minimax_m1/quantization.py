@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minimax_m1.batch import ForwardBatch
 from minimax_m1.config import QuantizationConfig
 from minimax_m1.errors import UserError
+from minimax_m1.kernels.experts import expert_mlp
 from minimax_m1.kernels.linear import linear
 from minimax_m1.kernels.quantized import SCALE_DTYPES, QuantizedWeight
 from minimax_m1.model import Experts, Linear, MiniMaxM1ForCausalLM
@@ -182,6 +183,10 @@ class QuantizedExperts(QuantizedModule):
             yield f"{e}.w1.weight", self.w13[e][0]
             yield f"{e}.w2.weight", self.w2[e]
             yield f"{e}.w3.weight", self.w13[e][1]
+
+    def forward(self, v: Tensor, expert_ids: Tensor, expert_weights: Tensor, batch: ForwardBatch) -> Tensor:
+        w13, w2, rows = self.w13, self.w2, batch.num_decode_rows
+        return expert_mlp(v, w13, w2, expert_ids, expert_weights, backend=batch.backend, num_decodes=rows)
 
 
 def _save_weights(module: QuantizedModule, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
