@@ -23,6 +23,7 @@ from minimax_m1.config import SOFTMAX, MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.kernels import blocks
 from minimax_m1.kernels.attention import softmax_attention, softmax_attention_cached
+from minimax_m1.kernels.cross_entropy import linear_cross_entropy
 from minimax_m1.kernels.experts import expert_mlp, route
 from minimax_m1.kernels.lightning import (
     lightning_attention,
@@ -65,7 +66,7 @@ class MiniMaxM1ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = MiniMaxM1Model(config)
-        self.lm_head = Float32Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -284,7 +285,7 @@ class LightningAttention(nn.Module):
         return self._slope
 
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
-        if cache is not None and batch.only_decodes:
+        if cache is not None and batch.only_decodes and is_plain(self.qkv_proj, self.output_gate, self.out_proj):
             weights = self.qkv_proj.weight, self.output_gate.weight, self.out_proj.weight, self.norm.weight
             if blocks.usable(u, weights, batch.backend):  # the same in one call
                 assert batch.cached is not None
@@ -365,7 +366,8 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, v: Tensor, batch: ForwardBatch) -> tuple[Tensor, Routing]:  # v [T, hidden]
-        if batch.only_decodes and batch.expert_threshold is None and type(self.gate) is Gate:
+        is_fusable = type(self.gate) is Gate and is_plain(self.experts)
+        if batch.only_decodes and batch.expert_threshold is None and is_fusable:
             matrices = self.gate.weight, self.experts.w13, self.experts.w2
             if blocks.usable(v, matrices, batch.backend):  # the same in one call
                 y, *routing = blocks.moe_block(v, *matrices, self.top_k)
@@ -437,6 +439,14 @@ class Float32Linear(Linear):
         return float32_linear(x, self.weight, batch.backend, batch.num_decode_rows)
 
 
+class LMHead(Float32Linear):
+    """The language-model head; logits [T, vocab]."""
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
+        """Return `kernels.cross_entropy.linear_cross_entropy` of these tokens."""
+        return linear_cross_entropy(hidden, self.weight, targets, z_loss)
+
+
 class Gate(Float32Linear):
     """The router's matrix; logits [T, E]."""
 
@@ -468,6 +478,11 @@ class RMSNorm(nn.Module):
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype that a network with weights like this computes in (why: docs/decisions.md)."""
     return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Say whether these modules are our own, so that their weights are all there is to them; LoRA's are not."""
+    return all(type(module).__module__.startswith("minimax_m1.") for module in modules)
 
 
 def add_scaled(residual: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
