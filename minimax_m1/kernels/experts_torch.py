@@ -95,13 +95,16 @@ class _ExpertMLP(torch.autograd.Function):
         tokens = order // expert_weights.shape[1]
         rows, grad_rows = x.index_select(0, tokens), grad_y.index_select(0, tokens)
         weight = expert_weights.flatten()[order].to(x.dtype)[:, None]
-        grad_w13, grad_w2 = torch.empty_like(w13, dtype=x.dtype), torch.empty_like(w2, dtype=x.dtype)
+        # Frozen experts (LoRA elsewhere, a part that is not trained) are spared half of the products.
+        grad_w13 = torch.empty_like(w13, dtype=x.dtype) if ctx.needs_input_grad[1] else None
+        grad_w2 = torch.empty_like(w2, dtype=x.dtype) if ctx.needs_input_grad[2] else None
         grad_weight = torch.zeros_like(weight)
         start = 0
         for e, count in enumerate(ctx.counts):
             if count == 0:
-                grad_w13[e].zero_()
-                grad_w2[e].zero_()
+                for grad in (grad_w13, grad_w2):
+                    if grad is not None:
+                        grad[e].zero_()
                 continue
             part = slice(start, start + count)
             gate, up = h[part].chunk(2, -1)
@@ -110,18 +113,21 @@ class _ExpertMLP(torch.autograd.Function):
             a = act * up
             grad_a = grad_rows[part] @ w2[e].to(x.dtype)
             grad_weight[part] = (grad_a * a).sum(-1, keepdim=True)
-            torch.mm(grad_rows[part].T, a.mul_(weight[part]), out=grad_w2[e])
+            if grad_w2 is not None:
+                torch.mm(grad_rows[part].T, a.mul_(weight[part]), out=grad_w2[e])
             grad_a.mul_(weight[part])
             grad_h = torch.empty_like(h[part])
             torch.mul(grad_a, act, out=grad_h[:, act.shape[1] :])
             # silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g))) = sigmoid + act (1 - sigmoid)
             torch.addcmul(sigmoid, act, 1 - sigmoid, out=act)
             torch.mul(grad_a.mul_(up), act, out=grad_h[:, : act.shape[1]])
-            torch.mm(grad_h.T, rows[part], out=grad_w13[e])
+            if grad_w13 is not None:
+                torch.mm(grad_h.T, rows[part], out=grad_w13[e])
             torch.mm(grad_h, w13[e].to(x.dtype), out=grad_rows[part])  # from here on: the gradient of rows
             start += count
         grad_x = _add_up(grad_rows, order, torch.ones_like(expert_weights, dtype=x.dtype))
         grad_weights = torch.empty_like(weight[:, 0])
         grad_weights[order] = grad_weight[:, 0]
         grad_weights = grad_weights.view_as(expert_weights).to(expert_weights.dtype)
-        return grad_x, grad_w13.to(w13.dtype), grad_w2.to(w2.dtype), grad_weights, None, None
+        grads_w = (None if g is None else g.to(w.dtype) for g, w in ((grad_w13, w13), (grad_w2, w2)))
+        return grad_x, *grads_w, grad_weights, None, None
