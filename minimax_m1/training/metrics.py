@@ -23,7 +23,7 @@ from minimax_m1.errors import UserError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-REFRESH_SECONDS = 0.25  # between two pictures on the terminal: one costs a few milliseconds
+REFRESH_SECONDS = 0.5  # between two pictures on the terminal: one costs some milliseconds
 MAX_UNWRITTEN = 64 << 20  # bytes of lines that are kept for a disk that cannot take them now
 
 # Where TensorBoard shows a number; all others stand under their own name.
@@ -193,29 +193,30 @@ def draw(step: int, total: int, seconds_left: float | None, latest: dict[str, An
         seconds_left: until the end of the run; None: not known yet.
         latest: the last value of every metric; "solved" and "eval_loss" with the step they are of.
     """
+    from rich.columns import Columns
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     bar = Table.grid(padding=(0, 1))
+    for no_wrap in (True, False, True, True):  # where there is little room, the bar gets shorter
+        bar.add_column(no_wrap=no_wrap)
     left = "" if seconds_left is None or step >= total else f"{_duration(seconds_left)} left"
-    bar.add_row(
-        Text(f"step {step:,}/{total:,}", no_wrap=True),
-        ProgressBar(total=total, completed=step, width=30),
-        Text(f"{min(100, 100 * step // max(1, total))}%", no_wrap=True),
-        Text(left, no_wrap=True),
-    )
+    percent = f"{min(100, 100 * step // max(1, total))}%"
+    bar.add_row(f"step {step:,}/{total:,}", ProgressBar(total=total, completed=step, width=30), percent, left)
     lines: list[RenderableType] = [bar]
+
+    def add_row(words: list[str], style: str) -> None:
+        lines.append(Columns([Text(word, style=style, no_wrap=True) for word in words], padding=(0, 2)))
+
     if numbers := list(_numbers(latest)):
-        lines.append(Text("  ".join(numbers)))
-    for key, title, form in (("solved", "solved", "{:.0%}"), ("eval_loss", "eval loss", "{:.3f}")):
+        add_row(numbers, "")
+    for key, title, form in (("solved", "solved at", "{:.0%}"), ("eval_loss", "eval loss at", "{:.3f}")):
         if key in latest:
-            at, shares = latest[key]
-            words = [
-                f"{name} {'-' if x is None else form.format(x)}".replace(" ", "\u00a0") for name, x in shares.items()
-            ]
-            lines.append(Text(f"{title} at {at:,}: " + "  ".join(words), style="dim"))
+            at, found = latest[key]
+            words = [f"{name} {'-' if x is None else form.format(x)}" for name, x in found.items()]
+            add_row([f"{title} {at:,}:", *words], "dim")
     if event := latest.get("event"):
         lines.append(Text(str(event), style="yellow"))
     return Group(*lines)
@@ -234,8 +235,7 @@ def _numbers(latest: dict[str, Any]) -> Iterator[str]:
     for key, form in forms.items():
         if key in latest:
             value = latest[key]
-            text = form.format(value) if isinstance(value, (int, float)) else f"{key.replace('_', ' ')} -"
-            yield text.replace(" ", "\u00a0")  # a narrow terminal breaks lines between numbers only
+            yield form.format(value) if isinstance(value, (int, float)) else f"{key.replace('_', ' ')} -"
 
 
 def _duration(seconds: float) -> str:

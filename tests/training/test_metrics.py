@@ -159,7 +159,7 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
 def shown(width: int, **latest: object) -> str:
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
     console.print(draw(40, 100, 3_725.0, latest))
-    return console.export_text().replace("\u00a0", " ")
+    return console.export_text()
 
 
 def test_the_display():
@@ -167,7 +167,7 @@ def test_the_display():
     assert "step 40/100" in text and "40%" in text and "1 h 02 min left" in text
     for number in ("loss 2.5000", "accuracy 50.0%", "grad norm 0.75", "lr 1.00e-03", "6,500 tokens/s", "MFU 41.0%"):
         assert number in text
-    assert "solved at 20: chain 50%  word problem 100%" in text and "eval loss at 20: a.txt 1.500" in text
+    assert "solved at 20:  chain 50%  word problem 100%\n" in text and "eval loss at 20:  a.txt 1.500\n" in text
     assert "packing 99.3%" in text
 
 
@@ -234,5 +234,5 @@ def test_a_terminal_that_is_resized_and_interrupted(tmp_path):
     assert "said meanwhile" in seen and "loss" in seen and resized
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # the cursor is there
     pictures = seen.count("step ")
-    assert pictures <= 4 * (time.monotonic() - begin) + 3, "more than four pictures a second"
+    assert pictures <= 2 * (time.monotonic() - begin) + 3, "more than two pictures a second"
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) >= 5
