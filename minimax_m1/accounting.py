@@ -219,6 +219,18 @@ def generation_flops(config: MiniMaxM1Config, num_tokens: int, *, prompt_len: in
     return prefill_flops(config, num_tokens, past_len=prompt_len, num_logits=num_tokens)
 
 
+def flops_by_part(config: MiniMaxM1Config, num_tokens: int) -> dict[str, int]:
+    """Return the forward FLOPs of a sequence of `num_tokens` tokens with all its logits, by part of the network.
+
+    Keys: lightning_projections, lightning_state, softmax_projections, softmax_scores (the only one that grows faster
+    than the sequence), router, experts, shared_expert, head. They sum to
+    `prefill_flops(config, num_tokens, num_logits=num_tokens)`.
+    """
+    macs = {**_layers_macs(config), "head": config.vocab_size * config.hidden_size}
+    parts = {name: 2 * count * num_tokens for name, count in macs.items()}
+    return {**parts, "softmax_scores": _context_flops(config) * _visible_sum(config, num_tokens)}
+
+
 def training_flops(config: MiniMaxM1Config, seqlens: list[int], *, recompute: bool = False) -> int:
     """Return the FLOPs of one forward and backward pass over packed sequences of these lengths.
 
@@ -226,6 +238,54 @@ def training_flops(config: MiniMaxM1Config, seqlens: list[int], *, recompute: bo
     """
     forward = sum(prefill_flops(config, n, num_logits=n) for n in seqlens)
     return forward * (4 if recompute else 3)
+
+
+# -- DeepSeek-R1 beside it ----------------------------------------------------------------------------------------
+
+# How DeepSeek-R1's multi-head latent attention may be counted: the name, and what one more visible token costs a head
+# in a layer, in multiply-accumulates. All else is the same in the three.
+DEEPSEEK_ATTENTION = {
+    # as its engines decode: queries and outputs in the latent space of 512, keys with 64 rotated dimensions more
+    "latent": (512 + 64) + 512,
+    # as written down and trained: keys of 128 + 64, values of 128 (free of charge: they were decompressed once)
+    "decompressed": (128 + 64) + 128,
+    # as if it were plain attention with 128 heads of 128, in the way of the other figures of M1's report
+    "plain": 128 + 128,
+}
+
+
+def deepseek_r1_flops(num_tokens: int, *, attention: str = "decompressed", past_len: int = 0) -> int:
+    """Return the forward FLOPs with which DeepSeek-R1 generates `num_tokens` tokens one by one after `past_len`.
+
+    The convention is this module's: head counted, embedding not, 2 FLOPs a multiply-accumulate.
+
+    Args:
+        attention: one of `DEEPSEEK_ATTENTION`.
+    Source: config.json of DeepSeek-R1, DeepSeek-V3 report (arXiv 2412.19437), DeepSeek-V2 report (arXiv 2405.04434)
+    section 2.1 for the absorbed products.
+    """
+    hidden, layers, dense_layers, heads, vocab = 7168, 61, 3, 128, 129_280
+    query = hidden * 1536 + 1536 * heads * (128 + 64)  # through its latent space
+    key_value = hidden * (512 + 64) + 512 * heads * (128 + 128)  # the same count, absorbed or not
+    mla = query + key_value + heads * 128 * hidden
+    dense = 3 * hidden * 18_432
+    sparse = 3 * hidden * 2048 * (8 + 1) + hidden * 256  # 8 of 256 experts, a shared one, the router
+    constant = layers * mla + dense_layers * dense + (layers - dense_layers) * sparse + vocab * hidden
+    seen = num_tokens * past_len + num_tokens * (num_tokens + 1) // 2
+    return 2 * (num_tokens * constant + seen * layers * heads * DEEPSEEK_ATTENTION[attention])
+
+
+def share_of_deepseek_r1(config: MiniMaxM1Config, num_tokens: int, *, attention: str, cumulative: bool) -> float:
+    """Return the FLOPs of `config` over those of DeepSeek-R1 at `num_tokens` generated tokens.
+
+    Args:
+        attention: how DeepSeek-R1's is counted, one of `DEEPSEEK_ATTENTION`.
+        cumulative: of all the tokens generated so far; otherwise of the last one alone.
+    """
+    past_len = 0 if cumulative else num_tokens - 1
+    count = num_tokens - past_len
+    ours = generation_flops(config, count, prompt_len=past_len)
+    return ours / deepseek_r1_flops(count, attention=attention, past_len=past_len)
 
 
 # -- quantized matrices -------------------------------------------------------------------------------------------
@@ -291,15 +351,21 @@ def _shared_expert(config: MiniMaxM1Config) -> int:
 
 def _layers_flops(config: MiniMaxM1Config) -> int:
     """Forward FLOPs of one token in all layers, without those that grow with the context."""
+    return 2 * sum(_layers_macs(config).values())
+
+
+def _layers_macs(config: MiniMaxM1Config) -> dict[str, int]:
+    """Multiply-accumulates of one token in all layers by part, without those that grow with the context."""
     assert config.head_dim is not None
-    state = 2 * config.num_attention_heads * config.head_dim**2  # multiply-accumulates: k^T v into it, q out of it
-    feed_forward = _router(config) + config.num_experts_per_tok * _expert(config) + _shared_expert(config)
-    macs = (
-        len(config.lightning_layers) * (_lightning_projections(config) + state)
-        + len(config.softmax_layers) * _softmax_projections(config)
-        + config.num_hidden_layers * feed_forward
-    )
-    return 2 * macs
+    layers, num_lightning = config.num_hidden_layers, len(config.lightning_layers)
+    return {
+        "lightning_projections": num_lightning * _lightning_projections(config),
+        "lightning_state": num_lightning * 2 * config.num_attention_heads * config.head_dim**2,  # k^T v in, q out
+        "softmax_projections": len(config.softmax_layers) * _softmax_projections(config),
+        "router": layers * _router(config),
+        "experts": layers * config.num_experts_per_tok * _expert(config),
+        "shared_expert": layers * _shared_expert(config),
+    }
 
 
 def _context_flops(config: MiniMaxM1Config) -> int:

@@ -27,6 +27,7 @@ else:
 
 Backend = Literal["compiled", "torch", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+GpuName = Literal["a100-40gb", "a100-80gb", "h100", "h800", "h200", "b200", "l40s", "rtx4090"]  # of planning.GPUS
 Quantization = Literal["int8", "int8-experts", "int4", "int4-g32", "int4-g64", "int4-g128"]
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]  # such as -5 + 3
 
@@ -193,6 +194,41 @@ class EvalSettings(ModelSettings):
     def __post_init__(self) -> None:
         if self.problems < 1:
             raise UserError(f"problems: {self.problems} cannot be used; accepted: a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Options of `minimax-m1 plan`."""
+
+    model: Annotated[str | None, Parameter(name=["--model", "--preset"])] = option(
+        None, "folder with a config.json, or a preset such as minimax-m1 [default: shipped]"
+    )
+    gpu: GpuName = option("h100", "kind of GPU")
+    num_gpus: int = option(8, "how many")
+    tokens: float | None = option(None, "to train on, such as 1e12 [default: 20 for each active parameter]")
+    sequence_length: int = option(4096, "tokens of a sequence")
+    batch_tokens: int | None = option(None, "tokens of a step [default: a sequence for each GPU, at most 128Mi]")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of the products; weights and optimizer are float32")
+    efficiency: float = option(0.4, "share of the GPU's peak that its products reach")
+    margin: float = option(0.1, "share of the GPU's memory that is to stay free")
+    price: float | None = option(None, "of a GPU-hour; without it no cost is shown")
+    fit: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = option(
+        (), "fit the scaling law to runs instead: CSV or JSONL of parameters, tokens, loss, or folders of train"
+    )
+    budget: float | None = option(None, "with --fit: training FLOPs to divide [default: up to 100 times the runs']")
+    compare: bool = option(False, "compare the FLOPs of generating with DeepSeek-R1's instead")
+    plot: Path | None = option(None, "with --fit or --compare: file for the plot, such as plot.png")
+    json: Path | None = option(None, "file to write the figures to")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "price", "budget"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}: {value} cannot be used; accepted: a number above 0")
+        for name in ("num_gpus", "sequence_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} cannot be used; accepted: a whole number of at least 1")
 
 
 def parse_bytes(name: str, value: int | str) -> int:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "minimax_m1"
 # Modules and packages by level; one imports its own level and those below (docs/architecture.md).
 LEVELS = (
     {"errors", "settings", "progress", "shipped"},
-    {"config", "accounting", "tokenizer", "kernels"},
+    {"config", "accounting", "planning", "scaling", "tokenizer", "kernels"},
     {
         "batch",
         "cache",
@@ -84,6 +84,8 @@ def test_kernels_do_not_know_the_config() -> None:
         ".shipped",
         ".config",
         ".accounting",
+        ".planning",
+        ".scaling",
         ".tokenizer",
         ".sampling",
         ".continuation",

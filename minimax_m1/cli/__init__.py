@@ -1,4 +1,4 @@
-"""The command line: `minimax-m1 chat | generate | serve | train | eval | info | quantize | bench`, parsed by cyclopts.
+"""The command line, parsed by cyclopts: chat, generate, serve, train, eval, info, plan, quantize, bench.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -22,6 +22,7 @@ from minimax_m1.settings import (
     EvalSettings,
     GenerateSettings,
     InfoSettings,
+    PlanSettings,
     QuantizeSettings,
     ServeSettings,
     to_toml,
@@ -90,6 +91,14 @@ def info(*, settings: Annotated[InfoSettings, Fields] = InfoSettings()) -> None:
     from minimax_m1.cli.info import info
 
     info(settings)
+
+
+@app.command
+def plan(*, settings: Annotated[PlanSettings, Fields] = PlanSettings()) -> None:
+    """Plan a training run: layouts that fit, time and cost; scaling laws; FLOPs beside DeepSeek-R1's."""
+    from minimax_m1.cli.plan import plan
+
+    plan(settings)
 
 
 @app.command

@@ -1,0 +1,290 @@
+"""The scaling law of a set of runs: loss = E + A / N^alpha + B / D^beta, fitted as Chinchilla's third approach.
+
+N parameters, D training tokens. For a mixture of experts N are the parameters that a token uses
+(`accounting.active_parameters`: without embedding and head).
+Shapes: n runs, S fits that descend at once, P = 5 unknowns (log A, log B, log E, alpha, beta) in this order.
+Sources: Chinchilla (arXiv 2203.15556, approach 3 and appendix D.3); its replication (arXiv 2404.10102), which found
+that the losses must be summed rather than averaged lest the search stop early, and intervals by bootstrap.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimax_m1.accounting import active_parameters
+from minimax_m1.config import MiniMaxM1Config
+from minimax_m1.errors import UserError
+
+Array = NDArray[np.float64]
+
+HUBER_DELTA = 1e-3  # residuals of log loss beyond it count linearly, so that an outlier does not bend the law
+COLUMNS = ("parameters", "tokens", "loss")
+MIN_RUNS = 6  # one more than there are unknowns
+NUM_DESCENTS = 100  # the best points of the grid, from which the search goes down
+LAST_SHARE = 0.05  # of a run's tokens: its loss is the mean over the lines of so many last tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: what went in, what came out."""
+
+    parameters: float
+    tokens: float
+    loss: float
+    name: str
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """loss = E + A / N^alpha + B / D^beta."""
+
+    E: float  # the loss of endless text's own uncertainty
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    @property
+    def exponent(self) -> float:
+        """The best number of parameters grows with the budget to this power."""
+        return self.beta / (self.alpha + self.beta)
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Return the loss that the law expects."""
+        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """Return the parameters and tokens of least loss for a training budget of 6 N D = `flops`.
+
+        Source: arXiv 2203.15556 eq. 4.
+        """
+        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        parameters = G * (flops / 6) ** self.exponent
+        return parameters, flops / 6 / parameters
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """The law that fits the runs best, and the laws of resampled runs."""
+
+    law: ScalingLaw
+    runs: tuple[Run, ...]
+    resampled: tuple[ScalingLaw, ...]  # each fitted to as many runs, drawn with replacement
+
+    @property
+    def residuals(self) -> list[float]:
+        """log loss - log of what the law expects, a run each."""
+        return [math.log(run.loss / self.law.loss(run.parameters, run.tokens)) for run in self.runs]
+
+    def interval(self, value: Callable[[ScalingLaw], float], level: float = 0.95) -> tuple[float, float]:
+        """Return the bootstrap interval of a value of the law, such as `lambda law: law.alpha`: percentiles."""
+        values = [value(law) for law in self.resampled]
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def fit(runs: list[Run], *, num_resamples: int = 500, seed: int = 0) -> ScalingFit:
+    """Fit the law: Huber loss on log loss, by BFGS from the best points of Chinchilla's grid of starts.
+
+    Args:
+        num_resamples: laws for the intervals; each descends from the fitted one.
+        seed: decides the resamples.
+
+    Raises:
+        UserError: too few runs, or all of one size or of as many tokens: the law is not determined.
+    """
+    for name in ("parameters", "tokens"):
+        if len(runs) < MIN_RUNS or len({getattr(run, name) for run in runs}) < 2:
+            accepted = f"at least {MIN_RUNS} runs that differ in parameters and in tokens"
+            raise UserError(f"fit: {len(runs)} runs with these {name} cannot be used; accepted: {accepted}")
+    log_N, log_D, log_L = (np.log([getattr(run, name) for run in runs]) for name in COLUMNS)
+    # Measured from the middle, A and alpha (B and beta) hardly depend on one another, and the descent is short.
+    centre = np.array([log_N.mean(), log_D.mean()])
+    data = log_N - centre[0], log_D - centre[1], log_L
+
+    starts = _grid()
+    starts[:, :2] -= starts[:, 3:] * centre
+    ones = np.ones((1, len(runs)))
+    values, _ = objective(starts, *data, ones)
+    best = starts[np.argsort(values, kind="stable")[:NUM_DESCENTS]]
+    found, values = _minimise(lambda theta: objective(theta, *data, ones), best)
+    theta = found[np.argmin(values)]
+
+    draws = np.random.default_rng(seed).integers(len(runs), size=(num_resamples, len(runs)))
+    counts = np.stack([np.bincount(draw, minlength=len(runs)) for draw in draws]).astype(float)
+    resampled, _ = _minimise(lambda theta: objective(theta, *data, counts), np.tile(theta, (num_resamples, 1)))
+    return ScalingFit(_law(theta, centre), tuple(runs), tuple(_law(row, centre) for row in resampled))
+
+
+def objective(theta: Array, log_N: Array, log_D: Array, log_L: Array, counts: Array) -> tuple[Array, Array]:
+    """Return the sum of Huber losses [S] at theta [S, P], and its gradient [S, P].
+
+    log loss is the log-sum-exp of log A - alpha log N, log B - beta log D and log E. Divided by the Huber delta, which
+    changes no minimum, so that an outlier's weight is 1.
+
+    Args:
+        log_N, log_D, log_L: [n].
+        counts: [S or 1, n], how often each run counts.
+    """
+    a, b, e, alpha, beta = (column[:, None] for column in theta.T)
+    terms = np.stack(np.broadcast_arrays(a - alpha * log_N, b - beta * log_D, e))  # [3, S, n]
+    top = terms.max(0)
+    shares = np.exp(terms - top)
+    total = shares.sum(0)
+    shares /= total
+    residual = top + np.log(total) - log_L
+    size = np.abs(residual) / HUBER_DELTA
+    losses = np.where(size <= 1, size**2 / 2, size - 0.5) * HUBER_DELTA
+    slopes = counts * np.clip(residual / HUBER_DELTA, -1, 1)
+    by_a, by_b, by_e = slopes * shares
+    parts = (by_a, by_b, by_e, -by_a * log_N, -by_b * log_D)
+    return (counts * losses).sum(-1), np.stack([part.sum(-1) for part in parts], -1)
+
+
+def _grid() -> Array:
+    """Chinchilla's 4,500 starts."""
+    a = b = np.arange(0.0, 30.0, 5.0)
+    alpha = beta = np.arange(0.0, 2.5, 0.5)
+    e = np.arange(-1.0, 1.5, 0.5)
+    return np.stack([x.ravel() for x in np.meshgrid(a, b, e, alpha, beta, indexing="ij")], -1)
+
+
+def _minimise(
+    function: Callable[[Array], tuple[Array, Array]], x: Array, max_iterations: int = 500
+) -> tuple[Array, Array]:
+    """Descend from every row of x [S, P] by BFGS with halved steps; return the lowest points and their values.
+
+    A row rests once no step along its direction, nor along the gradient, goes further down.
+    """
+    num_rows, size = x.shape
+    value, gradient = function(x)
+    inverse = np.tile(np.eye(size), (num_rows, 1, 1))
+    is_fresh, is_active = np.ones(num_rows, bool), np.ones(num_rows, bool)
+    for _ in range(max_iterations):
+        direction = -np.einsum("sij,sj->si", inverse, gradient)
+        direction /= np.maximum(1, np.abs(direction).max(-1, keepdims=True))  # no unknown moves by more than 1
+        descent = (direction * gradient).sum(-1)
+        step, new_x, new_value, new_gradient = is_active * 1.0, x.copy(), value.copy(), gradient.copy()
+        waiting = is_active.copy()
+        for _ in range(40):
+            trial = x + step[:, None] * direction
+            trial_value, trial_gradient = function(trial)
+            accepted = waiting & (trial_value < value + 1e-4 * step * descent)
+            for kept, new in ((new_x, trial), (new_value, trial_value), (new_gradient, trial_gradient)):
+                kept[accepted] = new[accepted]
+            waiting &= ~accepted
+            if not waiting.any():
+                break
+            step[waiting] /= 2
+        moved, turned = new_x - x, new_gradient - gradient
+        is_active &= ~(waiting & is_fresh) & (waiting | (value - new_value > 1e-13 * np.abs(value)))
+        curvature = (moved * turned).sum(-1)
+        bends = curvature > 1e-14
+        rho = np.where(bends, 1 / np.where(bends, curvature, 1), 0)[:, None, None]
+        left = np.eye(size) - rho * moved[:, :, None] * turned[:, None, :]
+        inverse = left @ inverse @ left.transpose(0, 2, 1) + rho * moved[:, :, None] * moved[:, None, :]
+        inverse[waiting] = np.eye(size)
+        is_fresh = waiting
+        x, value, gradient = new_x, new_value, new_gradient
+        if not is_active.any():
+            break
+    return x, value
+
+
+def _law(theta: Array, centre: Array) -> ScalingLaw:
+    a, b, e, alpha, beta = theta
+    return ScalingLaw(
+        E=float(np.exp(e)),
+        A=float(np.exp(a + alpha * centre[0])),
+        B=float(np.exp(b + beta * centre[1])),
+        alpha=float(alpha),
+        beta=float(beta),
+    )
+
+
+# -- reading runs -------------------------------------------------------------------------------------------------
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Read runs from CSV and JSONL files (columns parameters, tokens, loss) and from folders of `minimax-m1 train`.
+
+    A folder is one run: the active parameters of its config.json (in the folder, or in its model/), the tokens of its
+    metrics.jsonl, and the mean loss over the last of them.
+
+    Raises:
+        UserError: naming the file and the line that cannot be used.
+    """
+    runs: list[Run] = []
+    for path in paths:
+        if path.is_dir():
+            runs.append(_read_folder(path))
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(_read(path).splitlines()))
+            runs += [_run(row, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
+        elif path.suffix == ".jsonl":
+            runs += [_run(row, where) for row, where in _json_lines(path)]
+        else:
+            raise UserError(f"fit: {path} cannot be used; accepted: .csv, .jsonl, or a folder of minimax-m1 train")
+    return runs
+
+
+def _read_folder(folder: Path) -> Run:
+    homes = [home for home in (folder, folder / "model") if (home / "config.json").is_file()]
+    if not homes:
+        raise UserError(f"fit: {folder} has no config.json, nor has its model/; a folder of minimax-m1 train has one")
+    config = MiniMaxM1Config.from_pretrained(homes[0])
+    lines = [(row, where) for row, where in _json_lines(folder / "metrics.jsonl") if "loss" in row and "tokens" in row]
+    if not lines:
+        raise UserError(f"fit: {folder / 'metrics.jsonl'} has no line with tokens and loss")
+    points = [_run({**row, "parameters": active_parameters(config)}, where) for row, where in lines]
+    last = points[-1]
+    losses = [point.loss for point in points if point.tokens > (1 - LAST_SHARE) * last.tokens]
+    return Run(last.parameters, last.tokens, sum(losses) / len(losses), str(folder))
+
+
+def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Return the objects of a JSONL file, each with the place that it stands at."""
+    rows = []
+    for i, line in enumerate(_read(path).splitlines(), 1):
+        where = f"{path}, line {i}"
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise UserError(f"fit: {where} is not JSON: {error}") from None
+        if row is not None:
+            if not isinstance(row, dict):
+                raise UserError(f"fit: {where} holds a {type(row).__name__}; a JSON object is needed")
+            rows.append((row, where))
+    return rows
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"fit: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"fit: {path} is not text: {error}") from None
+
+
+def _run(row: dict[str, Any], where: str) -> Run:
+    values = []
+    for name in COLUMNS:
+        try:
+            value = float(row[name])
+        except (KeyError, TypeError, ValueError):
+            value = math.nan
+        if not (0 < value < math.inf):
+            accepted = f"a number above 0 in each of {', '.join(COLUMNS)}"
+            raise UserError(f"fit: {where}: {name} {row.get(name)!r} cannot be used; accepted: {accepted}")
+        values.append(value)
+    return Run(values[0], values[1], values[2], str(row.get("name") or where))
