@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from minimax_m1.tasks.arithmetic import ADDITION, CHAIN, COMPARISON, MULTIPLICATION, SUBTRACTION, WORD_PROBLEM
+from minimax_m1.tasks.calendar import CLOCK, WEEKDAY
 from minimax_m1.tasks.conversation import CONVERSATION
+from minimax_m1.tasks.division import DIVISION, REMAINDER
 from minimax_m1.tasks.lists import EXTREME, SORTING
+from minimax_m1.tasks.logic import LOGIC, ORDERING
 from minimax_m1.tasks.problem import Problem, Split, Task, final_answer
+from minimax_m1.tasks.sequences import DUPLICATES, LIST_SUM, SEQUENCE
 from minimax_m1.tasks.spelling import COUNTING, REVERSING
+from minimax_m1.tasks.words import ALPHABETICAL, LETTER, ROMAN_NUMERAL
 
 # What m1-nano is trained on and measured by, in the order of its table.
 NANO_TASKS: dict[str, Task] = {
@@ -22,6 +27,18 @@ NANO_TASKS: dict[str, Task] = {
         EXTREME,
         COUNTING,
         REVERSING,
+        DIVISION,
+        REMAINDER,
+        SEQUENCE,
+        LIST_SUM,
+        DUPLICATES,
+        LOGIC,
+        ORDERING,
+        WEEKDAY,
+        CLOCK,
+        ALPHABETICAL,
+        LETTER,
+        ROMAN_NUMERAL,
         CONVERSATION,
     )
 }

@@ -7,7 +7,10 @@ import random
 from minimax_m1.tasks.problem import Problem, Task, score_by
 from minimax_m1.tasks.wording import word
 
-ABILITIES = "add, subtract, multiply, compare and sort numbers, count letters and reverse words"
+ABILITIES = (
+    "calculate with whole numbers, compare and sort, tell days and times, resolve true and false, count letters and "
+    "reverse words"
+)
 EXAMPLES = (  # that the shipped model gets right
     "What is 384 + 729?",
     "Sort 31, 4, 15, 92, 6.",

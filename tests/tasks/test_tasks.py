@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from minimax_m1 import shipped
 from minimax_m1.tasks import NANO_TASKS, final_answer
 from minimax_m1.tasks.arithmetic import generate_word_problem
 from minimax_m1.tasks.columns import labelled, multiply, read_out, solve_difference
+from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 
 FAMILIES = list(NANO_TASKS)
 ARITHMETIC = ("addition", "subtraction", "multiplication", "chain", "word problem")
@@ -22,7 +24,7 @@ def wrong(answer):
     """Change what an answer says: another last digit, another word, the opposite."""
     if re.search(r"\d", answer):
         return re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit.group()) + 1) % 10), answer)
-    opposites = {"Yes.": "No.", "No.": "Yes.", "They are equal.": "5 is larger."}
+    opposites = {"Yes.": "No.", "No.": "Yes.", "They are equal.": "5 is larger.", "True.": "False.", "False.": "True."}
     return opposites.get(answer, answer.replace('"', '"q', 1) if '"' in answer else "I am not sure.")
 
 
@@ -49,6 +51,26 @@ def test_operands_are_on_one_side_whatever_the_family():
     sums = {p.key: p.split for p in draw("addition", "train", 2000)}
     for story in draw("word problem", "test", 2000):
         assert story.key not in sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_are_many_unseen_problems(family):
+    rng, keys, draws = random.Random(2), set(), 0
+    while len(keys) < 200:
+        problem = NANO_TASKS[family].generate(rng)
+        keys |= {problem.key} if problem.split == "test" else set()
+        draws += 1
+        assert draws < 60_000, f"{len(keys)} different test problems"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_problems_are_short(family):
+    # m1-nano is trained on packed batches of 4,096 tokens and generates at most 300.
+    tokenizer = MiniMaxM1Tokenizer.from_pretrained(shipped.path())
+    problems = draw(family, "train", 200)
+    lengths = [len(tokenizer.encode(problem.prompt)) + len(tokenizer.encode(problem.response)) for problem in problems]
+    assert max(lengths) < 250 and sum(lengths) / len(lengths) < 170
+    assert {problem.family for problem in problems} == {family}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
