@@ -172,6 +172,16 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """Options of `minimax-m1 merge`."""
+
+    adapter: Path = option(..., "folder of a LoRA adapter, such as runs/lora/adapter")
+    model: Path | None = option(None, "its base model [default: the one that the adapter names]")
+    output: Path = option(..., "new folder for the merged checkpoint")
+    dtype: Dtype = option("auto", "of the merged weights; auto: as in the base model")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """Options of `minimax-m1 bench`."""
 

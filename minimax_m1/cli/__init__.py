@@ -1,4 +1,4 @@
-"""The command line, parsed by cyclopts: chat, generate, serve, train, eval, info, plan, quantize, bench.
+"""The command line, parsed by cyclopts: chat, generate, serve, train, eval, info, plan, quantize, merge, bench.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -22,6 +22,7 @@ from minimax_m1.settings import (
     EvalSettings,
     GenerateSettings,
     InfoSettings,
+    MergeSettings,
     PlanSettings,
     QuantizeSettings,
     ServeSettings,
@@ -107,6 +108,14 @@ def quantize(*, settings: Annotated[QuantizeSettings, Fields]) -> None:
     from minimax_m1.cli.quantize import quantize
 
     quantize(settings)
+
+
+@app.command
+def merge(*, settings: Annotated[MergeSettings, Fields]) -> None:
+    """Write the checkpoint of a base model with a LoRA adapter in its weights."""
+    from minimax_m1.cli.merge import merge
+
+    merge(settings)
 
 
 @app.command
