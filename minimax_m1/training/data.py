@@ -1,38 +1,41 @@
-"""Training data: problems drawn by seed, rendered as chats, packed end to end.
+"""Training samples: records and problems as ids, which of them are learned, and samples packed end to end.
 
 Shapes: a packed batch has T tokens of N samples; `targets` is what each token should be followed by, -100 where that is
-not learned (the prompt's tokens, the last token of a sample).
+not learned (prompts, results of tools, the last token of a sample).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimax_m1.batch import ForwardBatch
-from minimax_m1.tasks import NANO_TASKS, Problem
+from minimax_m1.errors import UserError
+from minimax_m1.tasks import Problem
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
+from minimax_m1.training.sources import Record
 
 IGNORED = -100
-SYSTEM_SHARE, HISTORY_SHARE = 0.05, 0.12  # samples with a system prompt; with earlier turns of the conversation
-SYSTEM_PROMPT = "You are a helpful assistant."
+ASSISTANT_HEADER = "ai name=assistant\n"  # how the template begins an assistant's turn, after <beginning_of_sentence>
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as ids; the loss falls on the ids from `prompt_len` on: the assistant's last turn."""
+    """One sequence of ids, and for each whether the model is to learn to write it there."""
 
     ids: list[int]
-    prompt_len: int
+    learned: list[bool]
 
     @property
     def targets(self) -> list[int]:
         """What each id should be followed by; IGNORED where that is not learned."""
-        return [IGNORED] * (self.prompt_len - 1) + self.ids[self.prompt_len :] + [IGNORED]
+        following = zip(self.ids[1:], self.learned[1:], strict=True)
+        return [token if learned else IGNORED for token, learned in following] + [IGNORED]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,17 @@ class PackedBatch:
     def num_targets(self) -> int:
         """Tokens that the loss falls on."""
         return int((self.targets != IGNORED).sum())
+
+
+def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", backend: str | None = None) -> PackedBatch:
+    """Lay samples end to end."""
+    ids = [token for sample in samples for token in sample.ids]
+    targets = [target for sample in samples for target in sample.targets]
+    layout = ForwardBatch.packed([len(sample.ids) for sample in samples], device=device, backend=backend)
+    return PackedBatch(torch.tensor(ids, device=device), torch.tensor(targets, device=device), layout)
+
+
+# -- Problems -----------------------------------------------------------------------------------------------------
 
 
 def prompt_ids(
@@ -64,53 +78,122 @@ def prompt_ids(
 def make_sample(
     tokenizer: MiniMaxM1Tokenizer, problem: Problem, history: tuple[Problem, ...] = (), system: str = ""
 ) -> Sample:
-    """Render a problem, with its response and the end-of-sentence token, behind its prompt."""
+    """Render a problem, with its response and the end-of-sentence token, behind its prompt; the response is learned."""
     prompt = prompt_ids(tokenizer, problem.prompt, history, system)
-    return Sample([*prompt, *tokenizer.encode(problem.response), tokenizer.eos_token_id], len(prompt))
+    response = [*tokenizer.encode(problem.response), tokenizer.eos_token_id]
+    return Sample(prompt + response, [False] * len(prompt) + [True] * len(response))
 
 
-def pack(samples: list[Sample], device: torch.device | str = "cpu", backend: str | None = None) -> PackedBatch:
-    """Lay samples end to end."""
-    ids = [token for sample in samples for token in sample.ids]
-    targets = [target for sample in samples for target in sample.targets]
-    layout = ForwardBatch.packed([len(sample.ids) for sample in samples], device=device, backend=backend)
-    return PackedBatch(torch.tensor(ids, device=device), torch.tensor(targets, device=device), layout)
+# -- Records ------------------------------------------------------------------------------------------------------
 
 
-class SampleStream:
-    """An endless sequence of samples of a mixture; sample i depends on the seed, the shard and i alone.
+def record_samples(tokenizer: MiniMaxM1Tokenizer, record: Record) -> list[Sample]:
+    """Render a record: a document as one sample, a conversation as one or more."""
+    if record.messages:
+        return chat_samples(tokenizer, record.messages, record.tools)
+    ids = [*tokenizer.encode(record.text, allow_special=False), tokenizer.eos_token_id]
+    return [Sample(ids, [False] + [True] * (len(ids) - 1))]
 
-    So `position`, one number, is all that a checkpoint needs to continue exactly. Packing is next-fit: samples are
-    taken in order until the next one would exceed the budget; that one begins the next batch. Nothing is cut or lost.
+
+def chat_samples(
+    tokenizer: MiniMaxM1Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Sample]:
+    """Render a conversation so that each of the assistant's turns is learned once, behind what it would see in use.
+
+    M1's template leaves out the thinking of turns before the last user message. So the turns after an earlier user
+    message, if they think, are learned from a sample of their own that ends with them; all others, from the whole
+    conversation.
+
+    Raises:
+        UserError: the tokenizer's own chat template hides where the assistant's turns are.
     """
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    messages = messages[: last + 1]
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > 0]
+    samples: list[Sample] = []
+    whole: list[Mapping[str, Any]] = []  # the messages so far as they are seen later, without earlier thinking
+    learned: list[bool] = []  # of the assistant's turns in it: whether they are learned there
+    for start, end in itertools.pairwise([0, *starts, len(messages)]):
+        exchange = messages[start:end]
+        turns = [message for message in exchange if message["role"] == "assistant"]
+        if end < len(messages) and any(_thinks(turn) for turn in turns):
+            samples.append(
+                _rendered(tokenizer, [*whole, *exchange], tools, [False] * len(learned) + [True] * len(turns))
+            )
+            exchange = [_without_thinking(message) for message in exchange]
+            learned += [False] * len(turns)
+        else:
+            learned += [True] * len(turns)
+        whole += exchange
+    return [*samples, _rendered(tokenizer, whole, tools, learned)]
 
-    def __init__(
-        self, tokenizer: MiniMaxM1Tokenizer, mixture: Mapping[str, float], seed: int, shard: int = 0, position: int = 0
-    ) -> None:
-        self.tokenizer, self.seed, self.shard, self.position = tokenizer, seed, shard, position
-        self.families, self.weights = list(mixture), list(mixture.values())
 
-    def sample(self, index: int) -> Sample:
-        """Return sample `index`."""
-        rng = random.Random(f"{self.seed}:{self.shard}:{index}")
-        history = tuple(self._draw(rng) for _ in range(rng.randint(1, 2))) if rng.random() < HISTORY_SHARE else ()
-        system = SYSTEM_PROMPT if rng.random() < SYSTEM_SHARE else ""
-        return make_sample(self.tokenizer, self._draw(rng), history, system)
+def _thinks(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    inline = isinstance(content, str) and content.startswith("<think>") and "</think>" in content
+    return inline or bool(message.get("reasoning_content") or message.get("reasoning"))
 
-    def next_batch(
-        self, max_tokens: int, device: torch.device | str = "cpu", backend: str | None = None
-    ) -> PackedBatch:
-        """Take the next samples of together at most `max_tokens` tokens; at least one, however long it is."""
-        samples: list[Sample] = []
-        room = max_tokens
-        while True:
-            sample = self.sample(self.position)
-            if samples and len(sample.ids) > room:
-                return pack(samples, device, backend)
-            samples.append(sample)
-            room -= len(sample.ids)
-            self.position += 1
 
-    def _draw(self, rng: random.Random) -> Problem:
-        family = rng.choices(self.families, weights=self.weights)[0]
-        return NANO_TASKS[family].sample(rng, "train")
+def _without_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message as later turns see it; the template does the rest, but thinking inside the content is ours."""
+    if message["role"] != "assistant" or not _thinks(message) or not isinstance(message.get("content"), str):
+        return message
+    content = message["content"]
+    if content.startswith("<think>"):
+        content = content.split("</think>", 1)[1].lstrip("\n")
+    return {**message, "content": content}
+
+
+def _rendered(
+    tokenizer: MiniMaxM1Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    learned_turns: Sequence[bool],
+) -> Sample:
+    """Render messages up to the end of the last learned turn.
+
+    Only the template writes special tokens, so each turn is what lies between a beginning and an end of sentence, and
+    the assistant's are those that begin with its header. The header is encoded apart from what follows, because a
+    model in use goes on from the header's ids.
+    """
+    ids = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=False)
+    header = tokenizer.encode(ASSISTANT_HEADER)
+    begins = [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id]
+    turns = iter(learned_turns)
+    sample = Sample(ids[: begins[0]], [False] * begins[0]) if begins else Sample([], [])
+    num_turns, end_of_last = 0, 0
+    for begin, following in itertools.pairwise([*begins, len(ids)]):
+        part = ids[begin:following]
+        if not tokenizer.decode(part[1 : len(header) + 1]).startswith(ASSISTANT_HEADER):
+            sample.ids.extend(part)
+            sample.learned.extend([False] * len(part))
+            continue
+        num_turns += 1
+        size = part.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in part else len(part)
+        body = part[1 + len(header) : size]
+        if part[1 : len(header) + 1] != header:
+            text = tokenizer.decode(part[1:size]).removeprefix(ASSISTANT_HEADER)
+            body = tokenizer.encode(text, allow_special=False)
+        is_learned = next(turns, False)
+        spoken = [*body, *part[size : size + 1]]
+        sample.ids.extend([*part[:1], *header, *spoken, *part[size + 1 :]])
+        sample.learned.extend([False] * (1 + len(header)) + [is_learned] * len(spoken))
+        end_of_last = len(sample.learned) if is_learned else end_of_last
+        sample.learned.extend([False] * len(part[size + 1 :]))
+    if num_turns != len(learned_turns):
+        raise UserError(
+            f"chat_template: shows {num_turns} of {len(learned_turns)} turns of the assistant; accepted: a template "
+            f"that begins each with {tokenizer.bos_token}{ASSISTANT_HEADER!r}"
+        )
+    return Sample(sample.ids[:end_of_last], sample.learned[:end_of_last])
+
+
+def cut_document(sample: Sample, window: int) -> list[Sample]:
+    """Cut a sample into consecutive ones of at most `window` tokens.
+
+    The last token of one is the first of the next, where it is not learned: so every token but the first is learned
+    once.
+    """
+    starts = range(0, max(1, len(sample.ids) - 1), window - 1)
+    pieces = [(sample.ids[i : i + window], sample.learned[i : i + window]) for i in starts]
+    return [Sample(ids, [False, *learned[1:]]) for ids, learned in pieces]
