@@ -18,15 +18,15 @@ QUOTIENT = "pqrst"  # labels of the quotient, from the left
 def divide(x: Number, divisor: int) -> tuple[str, Number, int]:
     """Divide digit by digit; return the text, the quotient and the remainder.
 
-    "0 a7/4=p1:04-3 b3/4=q8:32-1" is: remainder so far and digit, over the divisor, labelled digit of the quotient, its
-    product, new remainder.
+    " a7 07/4=p1:04-3 b3 33/4=q8:32-1" is: digit, remainder so far and digit, over the divisor, labelled digit of the
+    quotient, its product, new remainder.
     """
-    text, remainder, quotient = "0", 0, Number()
+    text, remainder, quotient = "", 0, Number()
     for (label, digit), result in zip(reversed(x), QUOTIENT, strict=False):
         value = 10 * remainder + digit
         quotient.insert(0, (result, value // divisor))
         remainder = value % divisor
-        text += f" {label}{digit}/{divisor}={result}{value // divisor}:{value - remainder:02d}-{remainder}"
+        text += f" {label}{digit} {value:02d}/{divisor}={result}{value // divisor}:{value - remainder:02d}-{remainder}"
     return text, quotient, remainder
 
 

@@ -14,22 +14,20 @@ COMPARISONS = (  # more than, less than, most, least
     ("taller", "shorter", "tallest", "shortest"),
     ("older", "younger", "oldest", "youngest"),
     ("faster", "slower", "fastest", "slowest"),
-    ("stronger", "weaker", "strongest", "weakest"),
-    ("richer", "poorer", "richest", "poorest"),
 )
 
-Term = tuple[str, str, str, bool]  # letter of its value, shape in letters, words, value
+Term = tuple[str, str, str, bool]  # letter, signs, words, value
 
 
 def generate_logic(rng: random.Random) -> Problem:
     """Draw an expression of two to four times true or false with and, or, not and at most two parentheses.
 
-    The worked solution writes its shape with a letter for every value ("a&~(b|c)"), then the values, then joins two at
-    a time and gives each result a letter: "a1,~0b1,c0;b1|c0e1;~e1f0;a1&f0g0".
+    The worked solution writes it in signs with a letter for every value, "a1&~(~0b1|c0)", then joins two at a time and
+    gives each result a letter: "b1|c0e1;~e1f0;a1&f0g0".
     """
     steps: list[str] = []
-    terms = [_draw_term(rng, letter, steps) for letter in "abcd"[: rng.choice((2, 3, 3, 3, 4, 4))]]
-    steps, labels = [",".join(steps)], iter("efghij")
+    labels = iter("efghij")
+    terms = [_draw_term(rng, letter) for letter in "abcd"[: rng.choice((2, 3, 3, 3, 4, 4))]]
     one, two = rng.choice(tuple(SIGNS)), rng.choice(tuple(SIGNS))
     if len(terms) == 2:
         result = _join(terms[0], one, terms[1], steps, labels)
@@ -50,7 +48,7 @@ def generate_logic(rng: random.Random) -> Problem:
         sign = rng.choice(tuple(SIGNS))
         right = _draw_negated(rng, _enclose(_join(terms[2], two, terms[3], steps, labels)), steps, labels)
         result = _join(left, sign, right, steps, labels)
-    _, shape, words, value = result
+    _, signs, words, value = result
     typed = words.replace("true", "True").replace("false", "False") if rng.random() < 0.25 else words
     prompt = word(
         rng,
@@ -63,17 +61,15 @@ def generate_logic(rng: random.Random) -> Problem:
         "What is the value of {e}?",
         e=typed,
     )
-    thinking = f"Evaluate {shape};{';'.join(steps)}; {str(value).lower()}"
+    thinking = f"Evaluate {signs};{';'.join(steps)}; {str(value).lower()}"
     return Problem("true or false", prompt, thinking, f"{value}.", f"logic:{words}")
 
 
-def _draw_term(rng: random.Random, letter: str, steps: list[str]) -> Term:
+def _draw_term(rng: random.Random, letter: str) -> Term:
     value = rng.random() < 0.5
     if rng.random() < 0.35:
-        steps.append(f"~{value:d}{letter}{not value:d}")
-        return letter, letter, f"not {str(value).lower()}", not value
-    steps.append(f"{letter}{value:d}")
-    return letter, letter, str(value).lower(), value
+        return letter, f"~{value:d}{letter}{not value:d}", f"not {str(value).lower()}", not value
+    return letter, f"{letter}{value:d}", str(value).lower(), value
 
 
 def _join(x: Term, sign: str, y: Term, steps: list[str], labels: Iterator[str]) -> Term:
@@ -100,7 +96,7 @@ def generate_ordering(rng: random.Random) -> Problem:
     """Draw three or four names, in order but for the facts, which say who is taller than whom; asked is an end.
 
     The worked solution writes each fact with initials and turns it so that the step from one to the next leads to the
-    end that is asked for: "A<T:at M<A:ma"; then it walks ":ma:at:t" until an initial leads no further.
+    end that is asked for: " A< T:at M< A:ma"; then it walks ":ma:at:t" until an initial leads no further.
     """
     names = rng.sample(NAMES, rng.randint(3, 4))  # from the most to the least
     while len({name[0] for name in names}) < len(names):
@@ -114,7 +110,7 @@ def generate_ordering(rng: random.Random) -> Problem:
         turned = rng.random() < 0.5
         facts.append(f"{low} is {less} than {high}" if turned else f"{high} is {more} than {low}")
         path = (low[0] + high[0] if upwards else high[0] + low[0]).lower()
-        shown.append(f"{f'{low[0]}<{high[0]}' if turned else f'{high[0]}>{low[0]}'}:{path}")
+        shown.append(f"{f' {low[0]}< {high[0]}' if turned else f' {high[0]}> {low[0]}'}:{path}")
     start = pairs[0][1] if upwards else pairs[0][0]
     route = names[names.index(start) :: -1] if upwards else names[names.index(start) :]
     initials = [name[0].lower() for name in route]
@@ -130,7 +126,7 @@ def generate_ordering(rng: random.Random) -> Problem:
         c=", ".join(facts[:-1]) + " and " + facts[-1],
         a=asked,
     )
-    thinking = f"Order {'up' if upwards else 'down'} {' '.join(shown)};{walk} {route[-1]}"
+    thinking = f"Order {'up' if upwards else 'down'}{''.join(shown)};{walk} {route[-1]}"
     key = "order:" + ":".join(names)
     return Problem("who is the tallest", prompt, thinking, f"{route[-1]} is the {asked}.", key)
 

@@ -100,18 +100,17 @@ def generate_list_sum(rng: random.Random) -> Problem:
 def generate_duplicates(rng: random.Random) -> Problem:
     """Draw four to eight numbers below 100 of which some repeat; each is to be kept once, in the order given.
 
-    The worked solution marks every item as new or met before, and reads out the new ones.
+    The worked solution writes behind every item the label under which it was met first, and reads out those that
+    bear their own: " a92a b70b c92a".
     """
     highest = rng.choice((9, 99, 99))
     different = rng.sample(range(highest + 1), rng.randint(2, 5))
     values = different + [rng.choice(different) for _ in range(rng.randint(1, 3))]
     rng.shuffle(values)
     kept = list(dict.fromkeys(values))
-    marks = "".join(
-        f" {label}{value:02d}{'-' if value in values[:place] else '+'}"
-        for place, (label, value) in enumerate(zip(PLACES, values, strict=False))
-    )
-    found = "".join(f" {PLACES[values.index(value)]}{value:02d}" for value in kept)
+    first = dict(reversed(list(zip(values, PLACES, strict=False))))
+    marks = "".join(f" {label}{value:02d}{first[value]}" for label, value in zip(PLACES, values, strict=False))
+    found = "".join(f" {first[value]}{value:02d}" for value in kept)
     prompt = word(
         rng,
         "Remove the duplicates from {v}.",

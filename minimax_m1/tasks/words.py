@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 
 from minimax_m1.tasks.columns import FIRST, copied, labelled
 from minimax_m1.tasks.problem import Problem, Task, score_by
@@ -24,7 +25,8 @@ ROMAN_PLACES = "pqrs"  # labels of ones, tens, hundreds, thousands
 def generate_alphabetical(rng: random.Random) -> Problem:
     """Draw three to five words of up to seven letters with different initials, to be put in alphabetical order.
 
-    The worked solution walks through the alphabet and marks the initials.
+    The worked solution walks through the alphabet and marks the initials. All have a space before them, as the words
+    have: so the beginning of a word that is not merged with its second letter is the same token everywhere.
     """
     words: dict[str, str] = {}
     count = rng.randint(3, 5)
@@ -32,7 +34,7 @@ def generate_alphabetical(rng: random.Random) -> Problem:
         drawn = draw_word(rng, 7)
         words.setdefault(drawn[0], drawn)
     given = list(words.values())
-    walk = "".join(letter + ("!" if letter in words else "") for letter in ALPHABET)
+    walk = "".join(f" {letter}!" if letter in words else f" {letter}" for letter in ALPHABET)
     prompt = word(
         rng,
         "Put these words in alphabetical order: {v}",
@@ -45,7 +47,7 @@ def generate_alphabetical(rng: random.Random) -> Problem:
         v=rng.choice((", ", ", ", " ")).join(given),
     )
     initials = sorted(words)
-    thinking = f"Words {''.join(words)};{walk};{''.join(initials)}"
+    thinking = f"Words{_spaced(words)};{walk};{_spaced(initials)}"
     answer = f"In order: {', '.join(words[letter] for letter in initials)}."
     return Problem("alphabetical order", prompt, thinking, answer, "words:" + ":".join(sorted(given)))
 
@@ -125,6 +127,10 @@ def generate_roman(rng: random.Random) -> Problem:
             )
     read = "".join(f" {ROMAN_PLACES[place]}{digits[place][1]}" for place in reversed(range(len(digits))))
     return Problem("Roman numerals", prompt, f"Number {','.join(spelled)};{read}", f"It is {value}.", key)
+
+
+def _spaced(letters: Iterable[str]) -> str:
+    return "".join(f" {letter}" for letter in letters)
 
 
 def _ordinal(place: int) -> str:

@@ -24,13 +24,15 @@ def test_true_or_false():
 
 def test_every_step_of_an_expression_is_right():
     for problem in draw("true or false", 500):
-        shape, listed, *steps, verdict = problem.thinking.removeprefix("Evaluate ").split(";")
-        values = {letter: digit == "1" for letter, digit in re.findall(r"([a-d])([01])", listed)}
+        signs, *steps, verdict = problem.thinking.removeprefix("Evaluate ").split(";")
         for step in steps:
             operation = re.sub(r"([a-j])([01])", r"\2", step[:-2]).replace("~", " not ").replace("&", " and ")
             assert int(bool(eval(operation.replace("|", " or ")))) == int(step[-1]), step
-        python = shape.replace("~", " not ").replace("&", " and ").replace("|", " or ")
-        assert str(eval(python, values)).lower() == verdict.strip()
+        # "~0b1" is not 0, which is 1 and is called b
+        assert all(one != other for one, other in re.findall(r"~([01])[a-d]([01])", signs))
+        python = re.sub(r"~[01](?=[a-d])|[a-d](?=[01])", "", signs)
+        python = re.sub("[a-d]", "", python).replace("~", " not ").replace("&", " and ").replace("|", " or ")
+        assert str(bool(eval(python))).lower() == verdict.strip()
 
 
 def test_who_is_the_tallest():
