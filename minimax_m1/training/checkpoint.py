@@ -1,53 +1,336 @@
-"""Checkpoints of a training run: written whole or not at all, the newest few kept, exact on resuming."""
+"""Checkpoints of a training run: written while it goes on, whole or not there, and read by any number of ranks.
+
+A checkpoint is a folder step-NNNNNN: torch.distributed.checkpoint's files with the tensors, by their whole shapes;
+slots.json, where in the data every slot is; and progress.json, which is written last and lists what belongs to it.
+step-NNNNNN.part is one that is being written or removed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
-import zipfile
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 
+from minimax_m1 import __version__
 from minimax_m1.errors import UserError
 
+if TYPE_CHECKING:
+    from minimax_m1.training.parallel import World
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/step-NNNNNN.pt under another name, move it into place, and remove all but the newest `keep`.
+PROGRESS_FILE, SLOTS_FILE = "progress.json", "slots.json"
+TENSORS = ("model", "optimizer")  # the sections of a state that hold tensors
+
+# Said at every save and load in one process, which is what we want there.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of a run, in one folder; every rank has this object and makes the same calls.
+
+    A state is {"model": {name: tensor}, "optimizer": {name: tensor}, "progress": {...}, "slots": {"0": {...}, ...}}:
+    plain tensors or DTensors, in whatever division; values that JSON can hold; and this rank's slots.
+
+    One save at a time is written by a thread, which talks with those of the other ranks through a process group of its
+    own. All threads of a save end in the same way, because each of its parts ends with an exchange of errors.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        several = world.size > 1
+        self.saving_group = dist.new_group(backend="gloo") if several else None
+        self.polling_group = dist.new_group(backend="gloo") if several else None
+        cuda = world.device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # keeps its memory for the next save
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[None] | None = None
+        if world.is_main:
+            for unfinished in folder.glob("step-*.part"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state and begin to write it; an earlier save is waited for.
+
+        Raises:
+            SaveError: the earlier save failed; this one has not begun.
+        """
+        self.wait()
+        staged = self.stager.stage(_flat_tensors(state))
+        assert isinstance(staged, dict)  # and no future: it is copied now
+        documents = json.dumps(state.get("progress", {})), json.dumps(state.get("slots", {}))
+        self.saving = self.thread.submit(self._write, step, staged, *documents)
+
+    def poll(self) -> None:
+        """Look whether the save in flight, if there is one, has ended on all ranks.
+
+        Raises:
+            SaveError: it has failed.
+        """
+        if self.saving is None:
+            return
+        done = torch.tensor(int(self.saving.done()))
+        if self.polling_group is not None:
+            dist.all_reduce(done, dist.ReduceOp.MIN, group=self.polling_group)
+        if done:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            SaveError: it has failed.
+        """
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def newest(self) -> int | None:
+        """Return the step of the newest whole checkpoint, as rank 0 sees it; None if there is none.
+
+        Raises:
+            SaveError: a save in flight has failed.
+        """
+        self.wait()
+        newest = [max(list_steps(self.folder), default=None)]
+        if self.saving_group is not None:
+            dist.broadcast_object_list(newest, src=0, group=self.saving_group)
+        return newest[0]
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Fill a state in place: its tensors, its progress, and the slots that it names. A section may be missing.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not fit the state.
+        """
+        self.wait()
+        folder = path_of(self.folder, step)
+        _together(lambda: _load_documents(folder, state), self.saving_group)
+        _load_tensors(folder, _flat_tensors(state), self.saving_group)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], progress: str, slots: str) -> None:
+        """Write one checkpoint and drop the oldest: what the thread does."""
+        place = path_of(self.folder, step)
+        part = place.with_name(f"{place.name}.part")
+        is_main, group = self.world.is_main, self.saving_group
+
+        def begin() -> str:
+            if is_main:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            return slots
+
+        def finish() -> None:
+            if is_main:
+                self._finish(part, step, progress, all_slots)
+
+        try:
+            all_slots = _together(begin, group)
+            writer = _Writer(part, per_thread_copy_ahead=0)  # it syncs its files
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+            _together(finish, group)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if is_main:
+                shutil.rmtree(part, ignore_errors=True)
+            raise SaveError(f"output: cannot write {place}: {_reason(error)}; earlier checkpoints are kept") from None
+
+    def _finish(self, part: Path, step: int, progress: str, slots: list[str]) -> None:
+        """Make `part` durable, give it its name, and drop what is more than `keep`; rank 0."""
+        merged = {name: value for text in slots for name, value in json.loads(text).items()}
+        _write_synced(part / SLOTS_FILE, json.dumps(merged))
+        about = {"step": step, "ranks": self.world.size, "version": __version__, "torch": torch.__version__}
+        about |= {"files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
+        _write_synced(part / PROGRESS_FILE, json.dumps({**about, "progress": json.loads(progress)}, indent=1) + "\n")
+        _sync(part)
+        place = path_of(self.folder, step)
+        if place.exists():  # a run that began again came here before
+            _remove(place)
+        os.rename(part, place)
+        _sync(self.folder)
+        for old in list_steps(self.folder)[: -self.keep]:
+            _remove(path_of(self.folder, old))
+
+
+# -- reading without a run ----------------------------------------------------------------------------------------
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Return the steps of the whole checkpoints in `folder`, rising."""
+    found = (re.fullmatch(r"step-(\d{6,})", path.parent.name) for path in folder.glob(f"step-*/{PROGRESS_FILE}"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where in `folder` the checkpoint of a step lies."""
+    return folder / f"step-{step:06d}"
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return the progress that was saved, having looked whether all files are there in their length.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the checkpoint is damaged.
     """
-    path = folder / f"step-{step:06d}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    except OSError as error:
-        raise UserError(f"output: cannot write {path}: {error.strerror}") from None
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
+        about = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        wrong = [name for name, size in about["files"].items() if (checkpoint / name).stat().st_size != size]
+        progress = about["progress"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(checkpoint, str(error)) from None
+    if wrong:
+        raise _damaged(checkpoint, f"{', '.join(wrong)} has not the length it was written with")
+    return progress
 
 
-def load_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the state of the newest checkpoint in `folder`; None if there is none.
+def load_tensors(checkpoint: Path, section: str, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors in place from a section, "model" or "optimizer", of a checkpoint, in one process.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the checkpoint is damaged, or has other tensors.
     """
-    paths = list_checkpoints(folder)
-    if not paths:
-        return None
+    read_progress(checkpoint)
+    _load_tensors(checkpoint, _flat_tensors({section: tensors}), None)
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+
+
+def _flat_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{section}.{name}": tensor for section in TENSORS for name, tensor in state.get(section, {}).items()}
+
+
+def _load_documents(folder: Path, state: dict[str, Any]) -> None:
+    """Fill the progress and the slots of a state, and hold its tensors against what the checkpoint has."""
+    progress = read_progress(folder)
     try:
-        if not zipfile.is_zipfile(paths[-1]):
-            raise RuntimeError("it is not a whole checkpoint")
-        return torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"output: cannot read {paths[-1]}: {error}; remove it to resume from an older one") from None
+        slots = json.loads((folder / SLOTS_FILE).read_text(encoding="utf-8"))
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, ValueError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError) as error:
+        raise _damaged(folder, _reason(error)) from None
+    _check_tensors(folder, metadata, state)
+    missing = sorted(state.get("slots", {}).keys() - slots.keys(), key=int)
+    if missing:
+        raise UserError(
+            f"batches_per_step: {folder} knows where in the data {len(slots)} micro-batches of a step are, not those "
+            f"of slot {', '.join(missing)}; accepted: {len(slots)}"
+        )
+    if "progress" in state:
+        state["progress"].clear()
+        state["progress"].update(progress)
+    for name in state.get("slots", {}):
+        state["slots"][name] = slots[name]
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-\d{6,}", path.stem))
+def _check_tensors(folder: Path, metadata: Metadata, state: dict[str, Any]) -> None:
+    """Compare the names and shapes of the sections that a state has."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in _flat_tensors(state).items()}
+    sections = tuple(f"{section}." for section in TENSORS if section in state)
+    found = {
+        name: tuple(stored.size)
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and name.startswith(sections)
+    }
+    unlike = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if unlike:
+        name = unlike[0]
+        shapes = [str(list(where[name])) if name in where else "absent" for where in (found, wanted)]
+        raise UserError(
+            f"output: {folder} was written with other settings: {len(unlike)} tensors differ, the first is {name}: "
+            f"{shapes[0]} there, {shapes[1]} here; give the settings it was written with, or another output"
+        )
+
+
+def _load_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    if not tensors:
+        return
+    reader = dcp.FileSystemReader(folder)
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise _damaged(folder, _reason(error)) from None
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, whose errors can be sent to other ranks without losing what the operating system said."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save's, when it could not write
+            raise OSError(_reason(error)) from None
+
+
+def _together(do: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """Run `do` and return what it gave on every rank; if it failed on any, every rank raises the first failure."""
+    result, error = None, None
+    try:
+        result = do()
+    except (OSError, RuntimeError, UserError) as caught:
+        error = caught
+    if group is None:
+        outcomes = [(result, error)]
+    else:
+        outcomes = [(None, None)] * dist.get_world_size(group)
+        dist.all_gather_object(outcomes, (result, error), group=group)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in some words: torch wraps the operating system's errors, and its own messages have traces."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    system = [link.strerror for link in chain if isinstance(link, OSError) and link.strerror]
+    return system[0] if system else (str(chain[0]).splitlines() or [type(chain[0]).__name__])[0]
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
+    return UserError(f"output: cannot read {checkpoint}: {reason}; remove it to resume from an older one")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; it is renamed first, so that what is left of it is never taken for a whole one."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old.part")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
