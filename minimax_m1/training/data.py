@@ -91,7 +91,7 @@ def record_samples(tokenizer: MiniMaxM1Tokenizer, record: Record) -> list[Sample
     """Render a record: a document as one sample, a conversation as one or more."""
     if record.messages:
         return chat_samples(tokenizer, record.messages, record.tools)
-    ids = [*tokenizer.encode(record.text, allow_special=False), tokenizer.eos_token_id]
+    ids = tokenizer.encode(record.text, allow_special=False) + [tokenizer.eos_token_id] * record.is_end
     return [Sample(ids, [False] + [True] * (len(ids) - 1))]
 
 

@@ -31,6 +31,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 FORMS = '{"text"}, {"messages"}, {"prompt", "response"} or {"prompt", "completion"}'
 ROW_GROUPS_HELD = 4  # decoded row groups of one source in memory
 SCAN_BYTES = 1 << 24
+TEXT_BYTES = 1 << 20  # most of a text file that is read as one record
 COLUMNS = ("text", "messages", "tools", "prompt", "response", "completion")  # of Parquet files
 
 
@@ -48,6 +49,7 @@ class Record:
 
     place: str  # FILE:LINE
     text: str = ""
+    is_end: bool = True  # of the document: what comes after it is another
     messages: Sequence[Mapping[str, Any]] = ()
     tools: Sequence[Mapping[str, Any]] = ()
 
@@ -184,17 +186,33 @@ class Lines:
 
 
 class Text:
-    """A text file, which is one document; none if there is nothing but space in it."""
+    """A text file, which is one document; a large one is read as several records, cut at line ends.
+
+    There is no record in a file with nothing but space in it.
+    """
 
     def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
         self.path, self._data = path, data
+        self._begins, self._line_numbers = [0], [1]
+        while len(data) - self._begins[-1] > TEXT_BYTES:
+            begin = self._begins[-1]
+            end = data.rfind(b"\n", begin, begin + TEXT_BYTES) + 1 or begin + TEXT_BYTES
+            while data[end] & 0xC0 == 0x80:  # inside a character
+                end -= 1
+            self._line_numbers.append(self._line_numbers[-1] + data[begin:end].count(b"\n"))
+            self._begins.append(end)
+        if len(data) <= TEXT_BYTES and not data[:].strip():
+            self._begins = []
 
     def __len__(self) -> int:
-        return int(bool(self._data[:].strip()))
+        return len(self._begins)
 
     def read(self, row: int) -> Record:
-        """Return the document."""
-        return Record(str(self.path), _decode(self._data[:], f"{self.path}:1"))
+        """Return the document, or one part of it."""
+        ends = [*self._begins[1:], len(self._data)]
+        place = f"{self.path}:{self._line_numbers[row]}"
+        text = _decode(self._data[self._begins[row] : ends[row]], place)
+        return Record(place, text, is_end=row + 1 == len(self))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Source:
     unusable: int = 0  # records in a row that gave no sample
 
     @property
+    def num_records(self) -> int | None:
+        """How many records it has; None: endlessly many."""
+        return None if self.records is None else len(self.records)
+
+    @property
     def due(self) -> float:
         """How much of its share a source has had; the lowest is next."""
         return (self.tokens - self.credit) / self.share
@@ -131,7 +136,8 @@ class SampleStream:
         """Return where the stream stands, as JSON can write it; samples that wait are named, not held."""
         sources = {
             source.name: {
-                "records": None if source.records is None else len(source.records),
+                "records": source.num_records,
+                "share": source.share,
                 **{name: getattr(source, name) for name in POSITION},
             }
             for source in self.sources
@@ -150,43 +156,56 @@ class SampleStream:
         If the mixture is another now, what is still in it goes on from its place, and shares count from here.
 
         Raises:
-            UserError: files with another number of records, or another batches_per_step.
+            UserError: files with another number of records, another batches_per_step, or a tokens_per_batch below the
+                window that samples were cut to.
         """
-        if state["batches_per_step"] != self.settings.batches_per_step:
-            raise UserError(
-                f"batches_per_step: {self.settings.batches_per_step} cannot be used; accepted: "
-                f"{state['batches_per_step']}, as in the run that is resumed"
-            )
+        self._check_resumable(state)
         self.window, self.notes = state["window"], Counter(state["notes"])
-        known = {source.name: source for source in self.sources}
-        for name, source in known.items():
-            saved = state["sources"].get(name)
-            if saved is None:
-                continue
-            num_records = None if source.records is None else len(source.records)
-            if saved["records"] != num_records:
-                raise UserError(
-                    f"mixture: {name!r} has {num_records} records; accepted: {saved['records']}, as when the run began"
-                )
-            for field_name in POSITION:
-                if field_name != "share":
-                    setattr(source, field_name, saved[field_name])
+        saved_sources = state["sources"]
+        for source in self.sources:
+            for name in POSITION:
+                if source.name in saved_sources:
+                    setattr(source, name, saved_sources[source.name][name])
             source.pieces = None
-        if {name: saved["share"] for name, saved in state["sources"].items()} != {
-            s.name: s.share for s in self.sources
-        }:
+        if {name: saved["share"] for name, saved in saved_sources.items()} != {s.name: s.share for s in self.sources}:
             for source in self.sources:
                 source.tokens = source.samples = source.credit = 0
+        known = {source.name: source for source in self.sources}
+        read: dict[tuple[str, int, int], list[Sample]] = {}
         self._buffer = []
-        pieces: dict[tuple[str, int, int], list[Sample]] = {}
         for name, record, piece, window in state["buffer"]:
-            if name not in known:
-                continue
-            if (name, record, window) not in pieces:
-                pieces[name, record, window] = self._read(known[name], record, window)[0]
-            if piece >= len(pieces[name, record, window]):
-                raise UserError(f"mixture: {name!r} has changed since the run began: record {record} is another")
-            self._buffer.append(Drawn(pieces[name, record, window][piece], name, record, piece, window))
+            if name in known:
+                if (name, record, window) not in read:
+                    read[name, record, window] = self._read_again(known[name], record, piece, window)
+                self._buffer.append(Drawn(read[name, record, window][piece], name, record, piece, window))
+
+    def _check_resumable(self, state: Mapping[str, Any]) -> None:
+        settings = self.settings
+        if state["batches_per_step"] != settings.batches_per_step:
+            raise UserError(
+                f"batches_per_step: {settings.batches_per_step} cannot be used; accepted: {state['batches_per_step']}, "
+                "as in the run that is resumed"
+            )
+        windows = [drawn[-1] for drawn in state["buffer"]] + [saved["window"] for saved in state["sources"].values()]
+        if max(windows) > settings.tokens_per_batch:
+            raise UserError(
+                f"tokens_per_batch: {settings.tokens_per_batch} cannot be used; accepted: at least {max(windows)}, the "
+                "window of the run that is resumed"
+            )
+        for source in self.sources:
+            saved = state["sources"].get(source.name, {"records": source.num_records})["records"]
+            if saved != source.num_records:
+                raise UserError(
+                    f"mixture: {source.name!r} has {source.num_records} records; accepted: {saved}, as in the run that "
+                    "is resumed"
+                )
+
+    def _read_again(self, source: Source, record: int, piece: int, window: int) -> list[Sample]:
+        """Return the pieces of a record of which `piece` is still wanted."""
+        pieces, _ = self._read(source, record, window)
+        if piece >= len(pieces):
+            raise UserError(f"mixture: {source.name!r} has changed since the checkpoint was written")
+        return pieces
 
     def _draw_up_to(self, count: int) -> None:
         while len(self._buffer) < count:
@@ -213,9 +232,7 @@ class SampleStream:
     def _open_next(self, source: Source) -> None:
         """Read the source's next record, or pass over it if it gives no sample."""
         if source.next_piece:  # resumed inside a record, which has been counted
-            source.pieces, _ = self._read(source, source.next_record, source.window)
-            if source.next_piece >= len(source.pieces):
-                raise UserError(f"mixture: {source.name!r} has changed since the run began")
+            source.pieces = self._read_again(source, source.next_record, source.next_piece, source.window)
             return
         source.window = self.window
         pieces, notes = self._read(source, source.next_record, source.window)
@@ -225,7 +242,7 @@ class SampleStream:
             return
         source.next_record += 1
         source.unusable += 1
-        num_records = MAX_UNUSABLE if source.records is None else len(source.records)
+        num_records = source.num_records or MAX_UNUSABLE
         if source.unusable < num_records:
             return
         # A slot does not see every record in one pass: before giving up, all are tried.
@@ -266,6 +283,8 @@ class SampleStream:
             fitting, note = fit_window(sample, is_text, place, window, settings.long_samples)
             pieces += fitting
             notes += [note] if note else []
+        if len(pieces) <= 1:
+            return pieces, notes
         # The pieces of a long text would follow each other, and with few texts all slots would learn the same ones.
         key = f"{settings.seed}:{source.name}:{index}"
         return [pieces[permuted(i, len(pieces), key)] for i in range(len(pieces))], notes
@@ -283,7 +302,7 @@ class SampleStream:
 
 
 # What of a source a checkpoint holds.
-POSITION = ("share", "next_record", "next_piece", "window", "tokens", "samples", "credit", "unusable")
+POSITION = ("next_record", "next_piece", "window", "tokens", "samples", "credit", "unusable")
 
 
 def open_mixture(settings: TrainSettings) -> list[Source]:
