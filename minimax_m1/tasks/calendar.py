@@ -51,12 +51,10 @@ def generate_clock(rng: random.Random) -> Problem:
     The worked solution adds or subtracts in columns, of which the tens of minutes have six digits, then the hour.
     """
     hour, minute, minutes, later = rng.randint(0, 23), rng.randint(0, 59), rng.randint(1, 59), rng.random() < 0.65
-    sign = "+" if later else "-"
-    difference = minutes if later else -minutes
-    found = (60 * hour + minute + difference) % 1440
-    ones = minute % 10 + difference % 10 if later else minute % 10 - minutes % 10
-    carry = int(not 0 <= ones < 10)
-    wraps = int(not 0 <= minute + difference < 60)
+    sign, way = ("+", 1) if later else ("-", -1)
+    found = (60 * hour + minute + way * minutes) % 1440
+    carry = int(not 0 <= minute % 10 + way * (minutes % 10) < 10)
+    wraps = int(not 0 <= minute + way * minutes < 60)
     time = "".join(f" {label}{digit}" for label, digit in zip(FIRST, f"{hour:02d}{minute:02d}", strict=False))
     step = "".join(f" {label}{digit}" for label, digit in zip(SECOND, f"{minutes:02d}", strict=False))
     columns = (
