@@ -122,8 +122,9 @@ class RunLog:
             return
         clean, not_finite = _finite(values)
         self._write(clean)
-        if not_finite:
-            self._write({"step": values["step"], "event": "not finite: " + ", ".join(not_finite)})
+        if not_finite and not values.get("skipped"):  # a skipped step has an event of its own
+            names = ", ".join(not_finite[:5]) + (f" and {len(not_finite) - 5} more" if len(not_finite) > 5 else "")
+            self._write({"step": values["step"], "event": f"not finite: {names}"})
         self.advance(values["step"])
 
     def advance(self, step: int) -> None:
