@@ -24,7 +24,7 @@ from minimax_m1.errors import UserError
 
 GPUS_PER_NODE = 8
 LIGHTNING_BLOCK = 64  # tokens of a block of the lightning kernel, which keeps a state for each
-LOSS_CHUNK = 1024  # tokens whose logits are held at a time
+LOSS_CHUNK_BYTES, MIN_LOSS_CHUNK = 32 << 20, 128  # of the cross-entropy: logits held at a time, tokens at least
 COMPUTE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -132,7 +132,7 @@ class Memory:
     reducing: float  # gradients of one whole layer, as computed and in float32 on their way to their ranks
     activations: float  # what forward keeps for backward
     workspace: float  # the layer in hand: its activations if they are recomputed, and what its backward makes
-    logits: float  # of a chunk, and their gradient; the head and its gradient in float32
+    logits: float  # of a chunk; the head and its gradient in float32
     exchange: float  # tokens on their way to experts, keys and values and lightning states of other context ranks
 
     @property
@@ -276,8 +276,9 @@ def rank_memory(workload: Workload, layout: Layout, tokens_per_batch: int, check
         for is_softmax in (False, True)
         for _ in (config.softmax_layers if is_softmax else config.lightning_layers)
     ]
-    outside = tokens * (8 + 2 * b) * config.hidden_size  # embedded tokens, final norm; its input in float32 too
-    head = config.vocab_size * config.hidden_size
+    # embedded tokens; of the final norm its input in float32 and what comes out twice; its gradient, made in forward
+    outside = tokens * (4 + 4 * b) * config.hidden_size
+    head = 4 * config.vocab_size * config.hidden_size
     exchange = _exchange_bytes(workload, layout, tokens_per_batch)
     return Memory(
         parameters=4 * share,
@@ -287,7 +288,7 @@ def rank_memory(workload: Workload, layout: Layout, tokens_per_batch: int, check
         reducing=(b + 4) * layer,
         activations=(tokens * b * config.hidden_size * len(kept) if checkpointing else sum(kept)) + outside,
         workspace=(max(kept) if checkpointing else 0) + tokens * _backward_bytes(config, b),
-        logits=2 * 4 * (min(tokens, LOSS_CHUNK) * config.vocab_size + head),
+        logits=max(LOSS_CHUNK_BYTES, 4 * MIN_LOSS_CHUNK * config.vocab_size) + 2 * head,
         exchange=exchange,
     )
 

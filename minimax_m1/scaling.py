@@ -25,11 +25,13 @@ from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
 HUBER_DELTA = 1e-3  # residuals of log loss beyond it count linearly, so that an outlier does not bend the law
 COLUMNS = ("parameters", "tokens", "loss")
 MIN_RUNS = 6  # one more than there are unknowns
 NUM_DESCENTS = 100  # the best points of the grid, from which the search goes down
+MAX_ITERATIONS, LEAST_GAIN = 500, 1e-12  # of a descent; share of the value
 LAST_SHARE = 0.05  # of a run's tokens: its loss is the mean over the lines of so many last tokens
 
 
@@ -116,12 +118,13 @@ def fit(runs: list[Run], *, num_resamples: int = 500, seed: int = 0) -> ScalingF
     ones = np.ones((1, len(runs)))
     values, _ = objective(starts, *data, ones)
     best = starts[np.argsort(values, kind="stable")[:NUM_DESCENTS]]
-    found, values = _minimise(lambda theta: objective(theta, *data, ones), best)
+    found, values = _minimise(lambda theta, _: objective(theta, *data, ones), best)
     theta = found[np.argmin(values)]
 
     draws = np.random.default_rng(seed).integers(len(runs), size=(num_resamples, len(runs)))
     counts = np.stack([np.bincount(draw, minlength=len(runs)) for draw in draws]).astype(float)
-    resampled, _ = _minimise(lambda theta: objective(theta, *data, counts), np.tile(theta, (num_resamples, 1)))
+    start = np.tile(theta, (num_resamples, 1))
+    resampled, _ = _minimise(lambda theta, rows: objective(theta, *data, counts[rows]), start)
     return ScalingFit(_law(theta, centre), tuple(runs), tuple(_law(row, centre) for row in resampled))
 
 
@@ -158,46 +161,69 @@ def _grid() -> Array:
     return np.stack([x.ravel() for x in np.meshgrid(a, b, e, alpha, beta, indexing="ij")], -1)
 
 
-def _minimise(
-    function: Callable[[Array], tuple[Array, Array]], x: Array, max_iterations: int = 500
-) -> tuple[Array, Array]:
+def _minimise(function: Callable[[Array, Rows], tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
     """Descend from every row of x [S, P] by BFGS with halved steps; return the lowest points and their values.
 
-    A row rests once no step along its direction, nor along the gradient, goes further down.
+    A row rests once a step gains next to nothing, or no step goes down along the gradient itself.
+
+    Args:
+        function: (points [m, P], the rows [m] that they belong to) -> values [m] and gradients [m, P].
     """
-    num_rows, size = x.shape
-    value, gradient = function(x)
-    inverse = np.tile(np.eye(size), (num_rows, 1, 1))
-    is_fresh, is_active = np.ones(num_rows, bool), np.ones(num_rows, bool)
-    for _ in range(max_iterations):
-        direction = -np.einsum("sij,sj->si", inverse, gradient)
+    x, eye = x.copy(), np.eye(x.shape[1])
+    rows = np.arange(len(x))  # those that still descend
+    value, gradient = function(x, rows)
+    inverse = np.tile(eye, (len(x), 1, 1))
+    is_fresh = np.ones(len(x), bool)  # the inverse Hessian is the identity
+    for _ in range(MAX_ITERATIONS):
+        direction = -np.einsum("sij,sj->si", inverse[rows], gradient[rows])
         direction /= np.maximum(1, np.abs(direction).max(-1, keepdims=True))  # no unknown moves by more than 1
-        descent = (direction * gradient).sum(-1)
-        step, new_x, new_value, new_gradient = is_active * 1.0, x.copy(), value.copy(), gradient.copy()
-        waiting = is_active.copy()
-        for _ in range(40):
-            trial = x + step[:, None] * direction
-            trial_value, trial_gradient = function(trial)
-            accepted = waiting & (trial_value < value + 1e-4 * step * descent)
-            for kept, new in ((new_x, trial), (new_value, trial_value), (new_gradient, trial_gradient)):
-                kept[accepted] = new[accepted]
-            waiting &= ~accepted
-            if not waiting.any():
-                break
-            step[waiting] /= 2
-        moved, turned = new_x - x, new_gradient - gradient
-        is_active &= ~(waiting & is_fresh) & (waiting | (value - new_value > 1e-13 * np.abs(value)))
+        new_x, new_value, new_gradient, is_lower = _line_search(
+            function, x[rows], value[rows], gradient[rows], direction, rows
+        )
+        moved, turned = new_x - x[rows], new_gradient - gradient[rows]
         curvature = (moved * turned).sum(-1)
         bends = curvature > 1e-14
         rho = np.where(bends, 1 / np.where(bends, curvature, 1), 0)[:, None, None]
-        left = np.eye(size) - rho * moved[:, :, None] * turned[:, None, :]
-        inverse = left @ inverse @ left.transpose(0, 2, 1) + rho * moved[:, :, None] * moved[:, None, :]
-        inverse[waiting] = np.eye(size)
-        is_fresh = waiting
-        x, value, gradient = new_x, new_value, new_gradient
-        if not is_active.any():
+        left = eye - rho * moved[:, :, None] * turned[:, None, :]
+        updated = left @ inverse[rows] @ left.transpose(0, 2, 1) + rho * moved[:, :, None] * moved[:, None, :]
+        inverse[rows] = np.where(is_lower[:, None, None], updated, eye)
+        gained = value[rows] - new_value
+        rests = np.where(is_lower, gained <= LEAST_GAIN * value[rows] + 1e-15, is_fresh[rows])
+        is_fresh[rows] = ~is_lower
+        x[rows], value[rows], gradient[rows] = new_x, new_value, new_gradient
+        rows = rows[~rests]
+        if not len(rows):
             break
     return x, value
+
+
+def _line_search(
+    function: Callable[[Array, Rows], tuple[Array, Array]],
+    x: Array,
+    value: Array,
+    gradient: Array,
+    direction: Array,
+    rows: Rows,
+) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+    """Halve the step of each row until it goes down enough (Armijo); x, value and gradient are changed.
+
+    Returns:
+        x, value and gradient where each row ends, and which rows went down.
+    """
+    start, before, descent = x.copy(), value.copy(), (direction * gradient).sum(-1)
+    waiting, step = np.arange(len(x)), 1.0
+    for _ in range(40):
+        trial = start[waiting] + step * direction[waiting]
+        trial_value, trial_gradient = function(trial, rows[waiting])
+        accepted = trial_value < before[waiting] + 1e-4 * step * descent[waiting]
+        taken = waiting[accepted]
+        x[taken], value[taken], gradient[taken] = trial[accepted], trial_value[accepted], trial_gradient[accepted]
+        waiting, step = waiting[~accepted], step / 2
+        if not len(waiting):
+            break
+    is_lower = np.ones(len(x), bool)
+    is_lower[waiting] = False
+    return x, value, gradient, is_lower
 
 
 def _law(theta: Array, centre: Array) -> ScalingLaw:
@@ -242,7 +268,9 @@ def _read_folder(folder: Path) -> Run:
     if not homes:
         raise UserError(f"fit: {folder} has no config.json, nor has its model/; a folder of minimax-m1 train has one")
     config = MiniMaxM1Config.from_pretrained(homes[0])
-    lines = [(row, where) for row, where in _json_lines(folder / "metrics.jsonl") if "loss" in row and "tokens" in row]
+    rows = _json_lines(folder / "metrics.jsonl")
+    # null stands for a loss that was not finite: such a step changed nothing
+    lines = [(row, where) for row, where in rows if row.get("loss") is not None and "tokens" in row]
     if not lines:
         raise UserError(f"fit: {folder / 'metrics.jsonl'} has no line with tokens and loss")
     points = [_run({**row, "parameters": active_parameters(config)}, where) for row, where in lines]

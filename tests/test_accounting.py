@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimax_m1.accounting import (
+    DEEPSEEK_ATTENTION,
     active_parameters,
+    deepseek_r1_flops,
+    flops_by_part,
     flops_per_token,
     generation_flops,
     kv_bytes,
@@ -17,6 +20,7 @@ from minimax_m1.accounting import (
     parameters,
     plan_memory,
     prefill_flops,
+    share_of_deepseek_r1,
     training_flops,
     weight_bytes,
 )
@@ -55,17 +59,60 @@ def test_flops_of_minimax_m1() -> None:
     assert flops_per_token(M1, 1000) - flops_per_token(M1, 0) == 1000 * 327_680
 
 
-def test_generation_is_cheaper_than_deepseek_r1_as_published() -> None:
-    """The M1 report: below 50% of DeepSeek-R1's FLOPs at 64K generated tokens, about 25% at 100K.
+def test_deepseek_r1_by_its_published_figures() -> None:
+    """37B of its parameters are active (with the head, without the embedding); MLA's latent form by the V2 report."""
+    constant = deepseek_r1_flops(1, past_len=0) - 2 * 61 * 128 * (192 + 128)
+    assert constant / 2 == pytest.approx(36.6e9, rel=1e-3)  # 37B published, the embedding's 0.9B in it
+    # a token's part in all layers, in FLOPs: 2 x 61 layers x 128 heads x ...
+    for attention, macs in (("latent", 576 + 512), ("decompressed", 192 + 128), ("plain", 128 + 128)):
+        grown = deepseek_r1_flops(1, attention=attention, past_len=1000) - deepseek_r1_flops(1, attention=attention)
+        assert grown == 1000 * 2 * 61 * 128 * macs
+        each = sum(deepseek_r1_flops(1, attention=attention, past_len=i) for i in range(7, 19))
+        assert deepseek_r1_flops(12, attention=attention, past_len=7) == each
 
-    DeepSeek-R1 in the same convention, with absorbed MLA as engines decode: 73.25e9 + 16.99e6 a context token.
-    """
 
-    def deepseek(num_tokens: int) -> float:
-        return num_tokens * 73.25e9 + 16.99e6 * num_tokens * (num_tokens + 1) / 2
+@pytest.mark.parametrize(
+    ("attention", "cumulative", "published_share"),
+    [("decompressed", False, 0.222), ("decompressed", True, 0.344), ("plain", False, 0.269), ("latent", True, 0.120)],
+)
+def test_share_of_deepseek_r1(attention: str, cumulative: bool, published_share: float) -> None:
+    """By hand, at 100,000 tokens: a line for each model, 94.64 GFLOP + 327,680 a token of context for M1's."""
+    n = 100_000
+    seen = n / 2 if cumulative else n
+    slope = 2 * 61 * 128 * {"latent": 1088, "decompressed": 320, "plain": 256}[attention]
+    by_hand = (94.64e9 + 327_680 * seen) / (73.25e9 + slope * seen)
+    share = share_of_deepseek_r1(M1, n, attention=attention, cumulative=cumulative)
+    assert share == pytest.approx(by_hand, rel=1e-3) == pytest.approx(published_share, abs=5e-4)
 
-    assert generation_flops(M1, 64_000) / deepseek(64_000) < 0.5
-    assert generation_flops(M1, 100_000) / deepseek(100_000) < 0.3
+
+def test_published_shares_lie_between_the_conventions() -> None:
+    """M1's report: less than 50% at 64K generated tokens, about 30% at 80K, about 25% at 100K."""
+
+    def last(attention: str, n: int) -> float:
+        return share_of_deepseek_r1(M1, n, attention=attention, cumulative=False)
+
+    assert last("decompressed", 80_000) < 0.30 < last("plain", 80_000) < 0.31
+    assert last("decompressed", 100_000) < 0.25 < last("plain", 100_000)
+    assert share_of_deepseek_r1(M1, 64_000, attention="decompressed", cumulative=True) < 0.5
+    # no straight lines can fall from 50% to 25% in 36K tokens: what halves the share must at least double the tokens
+    ratios = [
+        share_of_deepseek_r1(M1, 100_000, attention=a, cumulative=c)
+        / share_of_deepseek_r1(M1, 64_000, attention=a, cumulative=c)
+        for a in DEEPSEEK_ATTENTION
+        for c in (False, True)
+    ]
+    assert min(ratios) > 0.64
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flops_by_part_sum_up(window: int | None) -> None:
+    config = TINY.replace(sliding_window=window, shared_intermediate_size=40)
+    parts = flops_by_part(config, 10)
+    assert sum(parts.values()) == prefill_flops(config, 10, num_logits=10)
+    # by hand: 2 softmax layers, 3 heads of 8, q k^T and p v
+    assert parts["softmax_scores"] == 2 * 4 * 24 * (55 if window is None else 1 + 2 + 8 * 3)
+    assert parts["lightning_state"] == 10 * 2 * 2 * 2 * 3 * 64
+    assert parts["experts"] == 10 * 2 * 4 * 2 * 3 * 32 * 24
 
 
 @pytest.mark.parametrize("window", [None, 3, 7])

@@ -75,22 +75,14 @@ def _plan(settings: PlanSettings) -> dict[str, Any]:
     tokens = settings.tokens or TOKENS_PER_PARAMETER * accounting.active_parameters(config)
     totals = planning.totals(workload, best, tokens, settings.price)
     recipe = _recipe(workload, best, totals.steps)
-    about = (
-        f"{accounting.parameters(config) / 1e9:,.3g}B parameters, {accounting.active_parameters(config) / 1e9:,.3g}B"
-    )
+    about = f"{_count(accounting.parameters(config))} parameters, {_count(accounting.active_parameters(config))}"
     lines = [
         f"{name} ({about} active for a token) on {settings.num_gpus} {settings.gpu}, sequences of {length:,} tokens,",
         f"steps of up to {workload.batch_tokens:,}; products in {settings.dtype} at {settings.efficiency:.0%} of peak",
         "",
         *_layouts_as_text(workload, fitting, too_large, ruled_out),
         "",
-        "Memory of a rank, fastest layout",
-        *(f"  {key:<20} {_gib(size)}" for key, size in dataclasses.asdict(best.memory).items()),
-        f"  {'total':<20} {_gib(best.memory.total)} of {_gib(workload.gpu.memory_bytes)}",
-        "",
-        "Time of a step, fastest layout",
-        *(f"  {key:<20} {seconds:9.3f} s" for key, seconds in dataclasses.asdict(best.time).items()),
-        f"  {'total':<20} {best.time.total:9.3f} s for {best.step_tokens:,} tokens",
+        *_best_as_text(workload, best),
         "",
         f"Training on {tokens:,.4g} tokens",
         f"  steps                {totals.steps:,}",
@@ -112,12 +104,12 @@ def _plan(settings: PlanSettings) -> dict[str, Any]:
         "model": name,
         "gpu": settings.gpu,
         "num_gpus": settings.num_gpus,
+        "memory_limit": workload.memory_limit,
         "plans": [_plan_as_json(plan) for plan in fitting],
         "too_large": [_plan_as_json(plan) for plan in too_large],
         "ruled_out": ruled_out,
-        "memory_limit": workload.memory_limit,
         "totals": {"tokens": tokens, **dataclasses.asdict(totals)},
-        "recipe": {key: json.loads(value) for key, value in recipe.items()},  # these values are JSON too
+        "recipe": {key: json.loads(value) for key, value in recipe.items()},  # such values are JSON too
     }
 
 
@@ -127,20 +119,20 @@ def _nothing_fits(settings: PlanSettings, workload: Workload, too_large: list[Pl
         return f"{run} cannot be used; in every layout {' or '.join(ruled_out)}"
     nearest = too_large[0]
     return (
-        f"{run} cannot hold this run in any layout; the nearest, {_axes(nearest)}, needs {_gib(nearest.memory.total)} "
-        f"of {_gib(workload.memory_limit)} a rank, most for {_largest(nearest)}; accepted: more or larger GPUs, or "
-        "shorter sequences"
+        f"{run} cannot hold this run in any layout; the nearest, {_axes(nearest)}, needs "
+        f"{_bytes(nearest.memory.total)} of {_bytes(workload.memory_limit)} a rank, most for {_largest(nearest)}; "
+        "accepted: more or larger GPUs, or shorter sequences"
     )
 
 
 def _layouts_as_text(
     workload: Workload, fitting: list[Plan], too_large: list[Plan], ruled_out: dict[str, int]
 ) -> list[str]:
-    limit = f"{_gib(workload.memory_limit)} a rank ({1 - workload.margin:.0%} of {_gib(workload.gpu.memory_bytes)})"
+    limit = f"{_bytes(workload.memory_limit)} a rank ({1 - workload.margin:.0%} of {_bytes(workload.gpu.memory_bytes)})"
     rows = [
         "  {:>8}{:>8}{:>9}{:>9}".format(*dataclasses.astuple(p.layout))
         + f"{p.tokens_per_batch:>18,}{p.batches_per_step:>10,}{'yes' if p.activation_checkpointing else 'no':>15}"
-        + f"{_gib(p.memory.total):>12}{p.time.total:>10.3g}{p.tokens_per_second:>12,.0f}"
+        + f"{_bytes(p.memory.total):>12}{p.time.total:>10.3g}{p.tokens_per_second:>12,.0f}"
         for p in fitting[:NUM_SHOWN]
     ]
     lines = [
@@ -152,10 +144,22 @@ def _layouts_as_text(
     if too_large:
         nearest = too_large[0]
         lines += [
-            f"{len(too_large)} do not; the nearest, {_axes(nearest)}, needs {_gib(nearest.memory.total)}, "
+            f"{len(too_large)} do not; the nearest, {_axes(nearest)}, needs {_bytes(nearest.memory.total)}, "
             f"most for {_largest(nearest)}"
         ]
     return lines + [f"{count} are none: {reason}" for reason, count in ruled_out.items()]
+
+
+def _best_as_text(workload: Workload, best: Plan) -> list[str]:
+    return [
+        "Memory of a rank, fastest layout",
+        *(f"  {name:<20} {_bytes(size)}" for name, size in dataclasses.asdict(best.memory).items()),
+        f"  {'total':<20} {_bytes(best.memory.total)} of {_bytes(workload.gpu.memory_bytes)}",
+        "",
+        "Time of a step, fastest layout",
+        *(f"  {name:<20} {seconds:9.3f} s" for name, seconds in dataclasses.asdict(best.time).items()),
+        f"  {'total':<20} {best.time.total:9.3f} s for {best.step_tokens:,} tokens",
+    ]
 
 
 def _contexts_as_text(config: MiniMaxM1Config, length: int) -> list[str]:
@@ -342,10 +346,14 @@ def _axes(plan: Plan) -> str:
 
 def _largest(plan: Plan) -> str:
     parts = sorted(dataclasses.asdict(plan.memory).items(), key=lambda part: -part[1])
-    return " and ".join(f"{name} ({_gib(size)})" for name, size in parts[:2])
+    return " and ".join(f"{name} ({_bytes(size)})" for name, size in parts[:2])
 
 
-def _gib(size: float) -> str:
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+
+
+def _bytes(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
