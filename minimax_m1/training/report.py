@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -48,7 +48,7 @@ COLORS = {
 }
 LOSS = "loss (nats per learned token)"
 LIGHT = {name: light for name, (light, _) in COLORS.items()}
-LINES = [
+LINES: list[dict[str, Any]] = [
     dict(color=LIGHT["blue"], linestyle="-"),
     dict(color=LIGHT["orange"], linestyle="--"),
     dict(color=LIGHT["green"], linestyle="-."),
@@ -96,15 +96,16 @@ def compare_runs(folders: Sequence[Path], path: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     runs = [dataclasses.replace(r, name=str(r.folder)) if names.count(r.name) > 1 else r for r in runs]
+    drawn: Run | list[Run]
     page: dict[str, Any] = {"title": " · ".join(run.name for run in runs), "colors": COLORS}
     if len(runs) == 1:
         (run,) = runs
         page |= {"facts": facts(run), "final": final_shares(run), "events": run.events[-100:]}
         page |= {"answers": answers(run), "recipe": {key: [value] for key, value in run.recipe.items()}, "names": []}
-        drawn, figures = run, FIGURES
+        figures, drawn = FIGURES, run
     else:
         page |= {"rows": comparison(runs), "recipe": differences(runs), "names": [run.name for run in runs]}
-        drawn, figures = runs, COMPARISONS
+        figures, drawn = COMPARISONS, runs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         page["figures"] = draw_figures(figures, drawn, path.with_suffix(""))
@@ -186,13 +187,18 @@ def series(lines: list[dict[str, Any]], key: str, part: str | None = None) -> tu
     return both[:, 0], both[:, 1]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def parts(lines: list[dict[str, Any]], key: str) -> list[str]:
     """Return the names below `key` in any line, such as all families below "solved", in their order."""
     return list(dict.fromkeys(name for line in lines if isinstance(line.get(key), dict) for name in line[key]))
+
+
+def thin(number: int, most: int) -> Array:
+    """Return at most `most` of the indices 0 .. number - 1, evenly, with the first and the last."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(int))
 
 
 def smooth(values: Array) -> Array:
@@ -211,26 +217,36 @@ def smooth(values: Array) -> Array:
 
 def plot(ax: Axes, steps: Array, values: Array, **style: Any) -> None:
     """Draw a curve of at most MAX_POINTS points, the last one among them."""
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
+    keep = thin(len(steps), MAX_POINTS)
     marker = dict(marker="o", markersize=3) if len(keep) <= 12 else {}
     ax.plot(steps[keep], values[keep], **{"linewidth": 1.6, **marker, **style})
 
 
 def finish(ax: Axes, label: str, *, log: bool = False, percent: bool = False, legend: bool = True) -> None:
     """Name the axis of values, with its unit, and choose its scale."""
-    from matplotlib.ticker import LogFormatter, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines] or [np.zeros(0)])
-    if log and np.any(values > 0):
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines]
+    values = np.concatenate([ys[np.isfinite(ys)] for ys in drawn] or [np.zeros(0)])
+    positive = values[values > 0]
+    if log and len(positive) and positive.max() > 3 * positive.min():
         ax.set_yscale("log", nonpositive="mask")
-        for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis_format(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    elif percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if np.ptp(values[np.isfinite(values)]) > 0.05 else 1))
+        scale_numbers(ax)
+    elif percent and len(values):
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if np.ptp(values) > 0.05 else 1))
     ax.set_ylabel(label)
     ax.grid(axis="y", color=LIGHT["line"], linewidth=0.7)
     if legend and len(ax.get_legend_handles_labels()[1]) > 0:
         ax.legend(frameon=False, fontsize=8, labelcolor=LIGHT["text"])
+
+
+def scale_numbers(ax: Axes) -> None:
+    """Write 1, 2, 5, 10, … on a logarithmic axis of values."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def mark_stages(ax: Axes, run: Run) -> None:
@@ -239,25 +255,40 @@ def mark_stages(ax: Axes, run: Run) -> None:
     for before, after, step in zip(windows, windows[1:], steps, strict=False):
         if after != before:
             ax.axvline(step, color=LIGHT["muted"], linewidth=0.8, linestyle=(0, (1, 2)))
-            ax.annotate(f" window {after:,.0f}", (step, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7,
-                        color=LIGHT["muted"])
+            ax.annotate(
+                f"window {after:,.0f} ",
+                (step, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=7,
+                color=LIGHT["muted"],
+            )
 
 
 def heat_map(ax: Axes, rows: list[str], columns: Array, values: Array, label: str, **scale: Any) -> None:
     """Draw values [rows, columns], the first row on top; `columns` are the steps, or where the first is 0, indices."""
-    keep = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MAX_COLUMNS)).round().astype(int))
+    keep = thin(len(columns), MAX_COLUMNS)
     columns, values = columns[keep], values[:, keep]
     width = np.diff(columns)
     right = columns[-1] + (width[-1] if len(width) else 1)
     mesh = ax.pcolormesh(
-        np.append(columns, right), np.arange(len(rows) + 1), np.ma.masked_invalid(values), cmap="viridis",
-        rasterized=True, **scale,
+        np.append(columns, right),
+        np.arange(len(rows) + 1),
+        np.ma.masked_invalid(values),
+        cmap="viridis",
+        rasterized=True,
+        **scale,
     )
-    every = max(1, math.ceil(len(rows) / 20))
+    ax.figure.set_figheight(min(6.0, max(2.9, 0.16 * len(rows) + 0.6)))  # room for 30 names, then every other, …
+    every = math.ceil(len(rows) / 34)
     ax.set_yticks(np.arange(len(rows))[::every] + 0.5, rows[::every])
     ax.invert_yaxis()
     ax.tick_params(length=0)
     bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
+    if "norm" in scale:
+        scale_numbers(bar.ax)
     bar.outline.set_visible(False)
 
 
@@ -283,7 +314,7 @@ def draw_accuracy(ax: Axes, run: Run) -> str:
         return ""
     plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
     plot(ax, steps, smooth(values), color=LIGHT["blue"], label="learned tokens, smoothed")
-    at, solved = mean_solved(run)
+    at, solved = mean_of(run, "solved")
     if len(at):
         plot(ax, at, solved, **LINES[1], label="unseen problems solved, mean of families", marker="o", markersize=3)
     finish(ax, "accuracy", percent=True)
@@ -301,7 +332,9 @@ def draw_families(ax: Axes, run: Run) -> str:
 
 
 def draw_lr(ax: Axes, run: Run) -> str:
-    return draw_one(ax, run, "lr", "learning rate", smoothed=False)
+    text = draw_one(ax, run, "lr", "learning rate", smoothed=False, bottom=0)
+    ax.yaxis.set_major_formatter("{x:g}")
+    return text
 
 
 def draw_grad_norm(ax: Axes, run: Run) -> str:
@@ -311,11 +344,19 @@ def draw_grad_norm(ax: Axes, run: Run) -> str:
     plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
     plot(ax, steps, smooth(values), color=LIGHT["blue"])
     if _is_number(limit := run.recipe.get("max_grad_norm")):
-        ax.axhline(limit, color=LIGHT["muted"], linewidth=0.8, linestyle="--", label="scaled down to")
+        ax.axhline(limit, color=LIGHT["muted"], linewidth=0.8, linestyle="--", label="clipped to")
     if run.events:
         at = [event["step"] for event in run.events]
-        ax.plot(at, [0.03] * len(at), transform=ax.get_xaxis_transform(), color=LIGHT["orange"], marker="^",
-                linestyle="", markersize=5, label="event")
+        ax.plot(
+            at,
+            [0.03] * len(at),
+            transform=ax.get_xaxis_transform(),
+            color=LIGHT["orange"],
+            marker="^",
+            linestyle="",
+            markersize=5,
+            label="event",
+        )
     mark_stages(ax, run)
     finish(ax, "gradient norm, before clipping", log=True)
     return f"Gradient norm before clipping, last {_last(values, '.3g')}, highest {_highest(values)}"
@@ -333,8 +374,14 @@ def draw_grad_norm_by_layer(ax: Axes, run: Run) -> str:
     # The hundredth part of the smallest and largest values is left to the ends of the scale.
     low, high = np.quantile(positive, [0.01, 0.99])
     values = np.where(values > 0, values, np.nan)
-    heat_map(ax, names, np.array([line["step"] for line in lines], float), values, "gradient norm",
-             norm=LogNorm(low, max(high, low * 1.01)))
+    heat_map(
+        ax,
+        names,
+        np.array([line["step"] for line in lines], float),
+        values,
+        "gradient norm",
+        norm=LogNorm(low, max(high, low * 1.01)),
+    )
     return "Gradient norm by layer and step, from " + f"{low:.2g} to {high:.2g}"
 
 
@@ -346,9 +393,18 @@ def draw_expert_load(ax: Axes, run: Run) -> str:
     most = max(map(len, layers))
     if not most:
         return ""
-    values = np.array([[_float(share) * len(layer) for share in layer] + [math.nan] * (most - len(layer)) for layer in layers])
-    heat_map(ax, [f"layer {i}" for i in range(len(layers))], np.arange(most, dtype=float), values,
-             "load (1: an even share)", vmin=0, vmax=max(2.0, np.nanmax(values, initial=2.0)))
+    values = np.array(
+        [[_float(share) * len(layer) for share in layer] + [math.nan] * (most - len(layer)) for layer in layers]
+    )
+    heat_map(
+        ax,
+        [f"layer {i}" for i in range(len(layers))],
+        np.arange(most) - 0.5,
+        values,
+        "load (1: an even share)",
+        vmin=0,
+        vmax=max(2.0, np.nanmax(values, initial=2.0)),
+    )
     ax.set_xlabel("expert")
     return f"Load of every expert at the last step, 1 is an even share; the highest is {_highest(values.ravel())}"
 
@@ -364,11 +420,15 @@ def draw_imbalance(ax: Axes, run: Run) -> str:
     plot(ax, steps, most, **LINES[1], label="worst layer")
     plot(ax, steps, mean, **LINES[0], label="mean of layers")
     finish(ax, "highest load of an expert (1: even)")
-    return f"Highest load of an expert: last {_last(mean, '.2f')} in the mean of layers, {_last(most, '.2f')} in the worst"
+    return (
+        f"Highest load of an expert: last {_last(mean, '.2f')} in the mean of layers, {_last(most, '.2f')} in the worst"
+    )
 
 
 def draw_speed(ax: Axes, run: Run) -> str:
-    return draw_one(ax, run, "tokens_per_second", "tokens per second", bottom=0)
+    text = draw_one(ax, run, "tokens_per_second", "tokens per second", bottom=0)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    return text
 
 
 def draw_mfu(ax: Axes, run: Run) -> str:
@@ -420,20 +480,11 @@ def over_tokens(run: Run) -> tuple[Array, Array]:
     return (tokens, loss) if len(tokens) == len(steps) else (tokens[:0], loss[:0])
 
 
-def mean_solved(run: Run) -> tuple[Array, Array]:
-    """Return the steps of evaluations and the mean over the families of the share solved."""
-    found = [(line["step"], [_float(x) for x in line["solved"].values()]) for line in run.evaluations
-             if isinstance(line.get("solved"), dict)]
-    both = np.array([(step, np.mean(shares)) for step, shares in found if shares], float).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def mean_eval_loss(run: Run) -> tuple[Array, Array]:
-    """Return the steps of evaluations and the mean over the files of the loss."""
-    found = [(line["step"], [_float(x) for x in line["eval_loss"].values()]) for line in run.evaluations
-             if isinstance(line.get("eval_loss"), dict)]
-    both = np.array([(step, np.mean(losses)) for step, losses in found if losses], float).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
+def mean_of(run: Run, key: str) -> tuple[Array, Array]:
+    """Return the steps of evaluations and the mean of what stands below `key` there: families or files."""
+    lines = [line for line in run.evaluations if isinstance(line.get(key), dict) and line[key]]
+    means = [np.mean([_float(value) for value in line[key].values()]) for line in lines]
+    return np.array([line["step"] for line in lines], dtype=float), np.array(means, dtype=float)
 
 
 def draw_loss_over_tokens(ax: Axes, runs: list[Run]) -> str:
@@ -458,14 +509,17 @@ FIGURES: Figures = {
 COMPARISONS: Figures = {
     "loss": ("Loss", lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "loss"), LOSS, log=True)),
     "loss-over-tokens": ("Loss over tokens", draw_loss_over_tokens),
-    "eval-loss": ("Evaluation loss, mean of files", lambda ax, runs: compare(ax, runs, mean_eval_loss, LOSS, log=True)),
+    "eval-loss": (
+        "Evaluation loss, mean of files",
+        lambda ax, runs: compare(ax, runs, lambda r: mean_of(r, "eval_loss"), LOSS, log=True),
+    ),
     "token-accuracy": (
         "Token accuracy",
         lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "token_accuracy"), "accuracy", percent=True),
     ),
     "solved": (
         "Unseen problems solved, mean of families",
-        lambda ax, runs: compare(ax, runs, mean_solved, "share solved", percent=True),
+        lambda ax, runs: compare(ax, runs, lambda r: mean_of(r, "solved"), "share solved", percent=True),
     ),
     "gradient-norm": (
         "Gradient norm",
@@ -513,8 +567,9 @@ def draw_figures(figures: Figures, drawn: Run | list[Run], folder: Path) -> list
     return done
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # names may have dollars
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": LIGHT["text"],
@@ -530,7 +585,9 @@ STYLE = {
 def _inline(svg: str, name: str) -> str:
     """Return the <svg> element for a page: as wide as its place, names its own, colours as the page's variables."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1
+    )
     for mark in ('id="', "url(#", 'href="#'):
         svg = svg.replace(mark, f"{mark}{name}-")
     for color, light in LIGHT.items():
@@ -547,7 +604,7 @@ def facts(run: Run) -> dict[str, str]:
     seconds = float(np.nansum(series(run.metrics, "seconds")[1]))
     tokens = last.get("tokens")
     _, loss = smoothed(run, "loss")
-    _, solved = mean_solved(run)
+    _, solved = mean_of(run, "solved")
     _, speeds = series(run.metrics, "tokens_per_second")
     _, mfu = series(run.metrics, "mfu")
     steps, of = max(line["step"] for line in run.metrics + run.evaluations + run.events), run.recipe.get("steps")
@@ -589,8 +646,7 @@ def answers(run: Run) -> dict[str, list[tuple[int, str]]]:
             found.setdefault(str(sample.get("prompt", "")), []).append((sample["step"], str(sample.get("text", ""))))
     thinned = {}
     for prompt, all_of_it in found.items():
-        keep = np.unique(np.linspace(0, len(all_of_it) - 1, min(len(all_of_it), MAX_ANSWERS)).round().astype(int))
-        thinned[prompt] = [all_of_it[i] for i in keep]
+        thinned[prompt] = [all_of_it[i] for i in thin(len(all_of_it), MAX_ANSWERS)]
     return thinned
 
 
@@ -609,7 +665,7 @@ def differences(runs: list[Run]) -> dict[str, list[Any]]:
 
 
 def _float(value: object) -> float:
-    return float(value) if _is_number(value) else math.nan  # type: ignore[arg-type]
+    return float(value) if _is_number(value) else math.nan
 
 
 def _last(values: Array, form: str = ".4f") -> str:
@@ -650,114 +706,5 @@ def render(page: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(PAGE).render(page)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }} · training report</title>
-<style>
-:root { {% for name, (light, dark) in colors.items() %}--{{ name }}: {{ light }}; {% endfor %}--page: #fff; --box: #f6f8fa }
-@media screen and (prefers-color-scheme: dark) {
-  :root { {% for name, (light, dark) in colors.items() %}--{{ name }}: {{ dark }}; {% endfor %}--page: #15191e; --box: #1d232a }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(1rem, 3vw, 2.5rem) 4rem; background: var(--page);
-  color: var(--text); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1.25rem; overflow-wrap: anywhere }
-h1 small { display: block; font-size: .85rem; font-weight: 400; color: var(--muted) }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem; margin: 0 }
-.facts div { background: var(--box); border-radius: .4rem; padding: .5rem .75rem }
-.facts dt { color: var(--muted); font-size: .8rem }
-.facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); gap: 1.75rem 2rem }
-figure { margin: 0; min-width: 0; break-inside: avoid }
-figcaption { font-weight: 600; margin-bottom: .25rem }
-figure svg { display: block; width: 100%; height: auto }
-figure svg image { image-rendering: pixelated }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: left; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--muted); font-weight: 400 }
-td { overflow-wrap: anywhere; min-width: 5rem }
-td.number, th.number { text-align: right }
-details { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-summary { cursor: pointer; overflow-wrap: anywhere }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace }
-@media print { body { max-width: none; padding: 0; font-size: 11px } .figures { grid-template-columns: 1fr 1fr } h2 { break-after: avoid } }
-</style>
-</head>
-<body>
-<h1>{{ title }} <small>{{ "Comparison of training runs" if names else "Training report" }}</small></h1>
-{% if names %}
-<div class="scroll"><table>
-<tr><th></th>{% for name in names %}<th scope="col" class="number">{{ name }}</th>{% endfor %}</tr>
-{% for name, row in rows.items() %}
-<tr><th scope="row">{{ name }}</th>{% for text in row %}<td class="number">{{ text }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% else %}
-<dl class="facts">
-{% for name, text in facts.items() %}
-<div><dt>{{ name }}</dt><dd>{{ text }}</dd></div>
-{% endfor %}
-</dl>
-{% endif %}
-<h2>Curves</h2>
-{% if not figures %}<p>No metrics yet.</p>{% endif %}
-<div class="figures">
-{% for figure in figures %}
-<figure role="group" aria-label="{{ figure.title }}"><figcaption>{{ figure.title }}</figcaption>
-<div role="img" aria-label="{{ figure.alt }}">{{ figure.svg | safe }}</div></figure>
-{% endfor %}
-</div>
-{% if not names %}
-{% if final %}
-<h2>Evaluations</h2>
-<div class="scroll"><table>
-<tr><th></th><th scope="col" class="number">last</th><th scope="col" class="number">best</th></tr>
-{% for name, last, best in final %}
-<tr><th scope="row">{{ name }}</th><td class="number">{{ last }}</td><td class="number">{{ best }}</td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% if answers %}
-<h2>Answers while training</h2>
-{% for prompt, found in answers.items() %}
-<details {{ "open" if loop.first }}><summary>{{ prompt }}</summary>
-<div class="scroll"><table>
-{% for step, text in found | reverse %}
-<tr><th scope="row" class="number">{{ "{:,}".format(step) }}</th><td><pre>{{ text }}</pre></td></tr>
-{% endfor %}
-</table></div></details>
-{% endfor %}
-{% endif %}
-{% if events %}
-<h2>Events</h2>
-<div class="scroll"><table>
-{% for event in events %}
-<tr><th scope="row" class="number">{{ "{:,}".format(event.step) }}</th><td>{{ event.event }}</td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% endif %}
-{% if recipe %}
-<h2>{{ "Recipe, where the runs differ" if names else "Recipe" }}</h2>
-<div class="scroll"><table>
-{% if names %}<tr><th></th>{% for name in names %}<th scope="col">{{ name }}</th>{% endfor %}</tr>{% endif %}
-{% for key, row in recipe.items() %}
-<tr><th scope="row">{{ key }}</th>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% elif names %}
-<p>The recipes are the same.</p>
-{% endif %}
-</body>
-</html>
-"""
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(page)
