@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from minimax_m1 import __version__
 from minimax_m1.errors import UserError
-
-if TYPE_CHECKING:
-    from minimax_m1.training.parallel import World
+from minimax_m1.training.parallel import World
 
 PROGRESS_FILE, SLOTS_FILE = "progress.json", "slots.json"
 TENSORS = ("model", "optimizer")  # the sections of a state that hold tensors

@@ -7,9 +7,12 @@ why and makes the script fail.
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +22,45 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
+from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.training.checkpoint import Checkpoints, SaveError
+from minimax_m1.training.parallel import World, init_world, parallelize
+from minimax_m1.training.settings import TrainSettings
+
+NUM_SLOTS = 4
 
 
-@dataclass(frozen=True)
-class World:
-    """What Checkpoints needs to know of a training run's ranks."""
-
-    rank: int
-    size: int
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def run_ranks(size: int, phase: Any, *args: Any) -> None:
-    """Fork `size` ranks that run phase(world, *args), and wait for them."""
-    store = Path(f"/tmp/minimax-m1-{os.getpid()}-{phase.__name__}-{size}")
-    store.unlink(missing_ok=True)
-    ranks = []
+def fork_ranks(size: int, phase: Callable[..., None], *args: Any, **axes: int) -> list[int]:
+    """Start `size` ranks that run phase(world, *args), and return their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
                 if size > 1:
-                    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-                phase(World(rank, size), *args)
+                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                phase(init_world(TrainSettings(batches_per_step=NUM_SLOTS, **axes)), *args)
                 status = 0
             finally:
                 if status:
                     traceback.print_exc()
                 os._exit(status)
-        ranks.append(pid)
-    statuses = [os.waitpid(pid, 0)[1] for pid in ranks]
-    store.unlink(missing_ok=True)
+        pids.append(pid)
+    return pids
+
+
+def run_ranks(size: int, phase: Callable[..., None], *args: Any, **axes: int) -> None:
+    """Run phase(world, *args) on `size` ranks to its end."""
+    statuses = [os.waitpid(pid, 0)[1] for pid in fork_ranks(size, phase, *args, **axes)]
     if any(statuses):
         sys.exit(f"{phase.__name__} on {size} ranks failed: {statuses}")
 
@@ -80,18 +82,16 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, slots: dict[str
 
 
 def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step, so that no tensor is where it was."""
+    """Take a step, so that no tensor is what it was."""
     model(torch.randn(4, 5)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def whole(state: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a state, gathered."""
-    tensors = {
-        f"{section}.{name}": tensor for section in ("model", "optimizer") for name, tensor in state[section].items()
-    }
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all tensors, whole."""
+    with torch.no_grad():
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
 def write(world: World, folder: Path) -> None:
@@ -100,57 +100,66 @@ def write(world: World, folder: Path) -> None:
     checkpoints = Checkpoints(folder, 2, world)
     for step in (1, 2):
         train_once(model, optimizer)
-        slots = {str(slot): {"position": 100 * step + slot} for slot in range(world.rank, 4, world.size)}
+        slots = {str(slot): {"position": 100 * step + slot} for slot in range(world.rank, NUM_SLOTS, world.size)}
         state = state_of(model, optimizer, slots)
         state["progress"] |= {"tokens": step}
-        expected = whole(state)
+        expected = gather(state["model"]), gather(state["optimizer"])
         checkpoints.save(step, state)
         train_once(model, optimizer)  # the state changes while it is written
         checkpoints.poll()
     checkpoints.wait()
     assert checkpoints.newest() == 2
     if world.is_main:
-        torch.save({name: tensor.detach() for name, tensor in expected.items()}, folder / "expected.pt")
+        torch.save(expected, folder / "expected.pt")
 
 
 def read(world: World, folder: Path) -> None:
     """Load what another number of ranks saved, and compare to the bit."""
     model, optimizer = build(world)
     train_once(model, optimizer)
-    slots: dict[str, Any] = {str(slot): {} for slot in range(world.rank, 4, world.size)}
+    slots: dict[str, Any] = {str(slot): {} for slot in range(world.rank, NUM_SLOTS, world.size)}
     state = state_of(model, optimizer, slots)
     checkpoints = Checkpoints(folder, 2, world)
     newest = checkpoints.newest()
     assert newest == 2
     checkpoints.load(newest, state)
-    expected = torch.load(folder / "expected.pt")
-    found = whole(state)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
+    for section, expected in zip(("model", "optimizer"), torch.load(folder / "expected.pt"), strict=True):
+        found = gather(state[section])
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
     assert state["progress"] == {"tokens": 2}
     assert state["slots"] == {name: {"position": 200 + int(name)} for name in slots}
 
 
-def experts(world: World, folder: Path, shape: tuple[int, int], writing: bool) -> None:
-    """Stacked experts over (what shards, experts): by experts first, then by experts or rows; others replicated too."""
-    names = {"w13": (8, 6, 5), "w2": (8, 5, 3), "norm": (5,)}
-    full = {name: torch.arange(float(torch.Size(size).numel())).reshape(size) for name, size in names.items()}
-    places = {"w13": (Shard(1), Shard(0)), "w2": (Shard(0), Shard(0)), "norm": (Shard(0), Replicate())}
-    mesh = init_device_mesh("cpu", shape) if world.size > 1 else None
-    tensors = {}
-    for name, value in full.items():
-        value = value if writing else torch.zeros_like(value)
-        tensors[name] = distribute_tensor(value, mesh, places[name]) if mesh is not None else value
+def network(world: World, folder: Path, seed: int, writing: bool) -> None:
+    """The network itself, divided by experts and by rows: written, or read and held against its seed's weights."""
+    config = MiniMaxM1Config(
+        vocab_size=33,
+        hidden_size=12,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=4,
+        attn_type_list=(0, 1),
+    )
+    expected = MiniMaxM1ForCausalLM(config)
+    expected.init_weights(seed)
+    model = MiniMaxM1ForCausalLM(config)
+    model.init_weights(seed if writing else seed + 1)
+    parallelize(model, world, TrainSettings(expert_parallel=world.mesh["expert_parallel"].size() if world.mesh else 1))
+    state = {"model": dict(model.named_parameters())}
     checkpoints = Checkpoints(folder, 2, world)
     if writing:
-        checkpoints.save(7, {"model": tensors})
+        checkpoints.save(7, state)
         checkpoints.wait()
     else:
-        checkpoints.load(7, {"model": tensors})
-        for name, value in tensors.items():
-            gathered = value.full_tensor() if isinstance(value, DTensor) else value
-            assert torch.equal(gathered, full[name]), name
+        checkpoints.load(7, state)
+        found = gather(state["model"])
+        for name, tensor in expected.named_parameters():
+            assert torch.equal(found[name], tensor), name
 
 
 def fail_on_one(world: World, folder: Path) -> None:
@@ -162,19 +171,17 @@ def fail_on_one(world: World, folder: Path) -> None:
     if world.rank == 1:
         limit_files(20_000)
     checkpoints.save(2, {"model": {"x": tensor}})
-    failed_at, message = None, ""
-    for turn in range(100_000):
+    failed_at, message, turn = None, "", 0
+    while checkpoints.saving is not None:
+        turn += 1
         try:
             checkpoints.poll()
         except SaveError as error:
             failed_at, message = turn, str(error)
-            break
-        if checkpoints.saving is None:
-            break
     assert "step-000002: File too large" in message, message
     turns: list[Any] = [None] * world.size
     dist.all_gather_object(turns, failed_at)
-    assert failed_at is not None and set(turns) == {failed_at}, turns
+    assert set(turns) == {failed_at}, turns
     assert checkpoints.newest() == 1
     if world.rank == 1:
         limit_files(-1)
@@ -185,8 +192,8 @@ def fail_on_one(world: World, folder: Path) -> None:
     assert not list(folder.glob("*.part"))
 
 
-def damaged(world: World, folder: Path) -> None:
-    """All ranks refuse a checkpoint that only one of them finds damaged."""
+def misfit_on_one(world: World, folder: Path) -> None:
+    """One rank asks for what is not there: all ranks refuse."""
     checkpoints = Checkpoints(folder, 2, world)
     tensor = distribute_tensor(torch.zeros(40_000), init_device_mesh("cpu", (world.size,)), (Shard(0),))
     with pytest.raises(UserError, match="slot 0"):
@@ -195,9 +202,6 @@ def damaged(world: World, folder: Path) -> None:
 
 def limit_files(size: int) -> None:
     """Let this process write no file above so many bytes, as if the disk were full; -1: any."""
-    import resource
-    import signal
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -207,13 +211,15 @@ def main(folder: Path) -> None:
     for writers in (1, 2):
         run_ranks(writers, write, folder / f"by-{writers}")
         for readers in (1, 2, 4):
-            run_ranks(readers, read, folder / f"by-{writers}")
-    run_ranks(4, experts, folder / "experts", (2, 2), True)
-    run_ranks(1, experts, folder / "experts", (1, 1), False)
-    run_ranks(2, experts, folder / "experts", (1, 2), False)
-    run_ranks(4, experts, folder / "experts", (2, 2), False)
+            if readers != writers:
+                run_ranks(readers, read, folder / f"by-{writers}")
+    run_ranks(4, network, folder / "network", 0, True, expert_parallel=2)
+    run_ranks(1, network, folder / "network", 0, False)
+    run_ranks(2, network, folder / "network", 0, False, expert_parallel=2)
+    run_ranks(4, network, folder / "network", 0, False, expert_parallel=4)
+    run_ranks(2, network, folder / "network", 0, False, dp_replicate=2)
     run_ranks(2, fail_on_one, folder / "failing")
-    run_ranks(2, damaged, folder / "failing")
+    run_ranks(2, misfit_on_one, folder / "failing")
 
 
 if __name__ == "__main__":
