@@ -182,6 +182,13 @@ class MergeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Options of `minimax-m1 report`."""
+
+    output: Path | None = option(None, "file to write [default: report.html in the run; of several runs, compare.html]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """Options of `minimax-m1 bench`."""
 

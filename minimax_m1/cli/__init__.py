@@ -1,4 +1,4 @@
-"""The command line, parsed by cyclopts: chat, generate, serve, train, eval, info, plan, quantize, merge, bench.
+"""The command line, parsed by cyclopts: chat, generate, serve, train, report, eval, info, plan, quantize, merge, bench.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -25,6 +25,7 @@ from minimax_m1.settings import (
     MergeSettings,
     PlanSettings,
     QuantizeSettings,
+    ReportSettings,
     ServeSettings,
     to_toml,
 )
@@ -76,6 +77,18 @@ def train(*, settings: Annotated[TrainSettings, Fields] = TrainSettings()) -> No
     from minimax_m1.training.trainer import train
 
     train(settings)
+
+
+@app.command
+def report(*runs: Path, settings: Annotated[ReportSettings, Fields] = ReportSettings()) -> None:
+    """Write a page of curves and tables about a training run, or about several side by side.
+
+    Args:
+        runs: output folders of train
+    """
+    from minimax_m1.cli.report import report
+
+    report(runs, settings)
 
 
 @app.command(name="eval")
