@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
 
 from minimax_m1.tasks.columns import FIRST, copied, labelled
 from minimax_m1.tasks.problem import Problem, Task, score_by
@@ -25,8 +24,8 @@ ROMAN_PLACES = "pqrs"  # labels of ones, tens, hundreds, thousands
 def generate_alphabetical(rng: random.Random) -> Problem:
     """Draw three to five words of up to seven letters with different initials, to be put in alphabetical order.
 
-    The worked solution walks through the alphabet and marks the initials. All have a space before them, as the words
-    have: so the beginning of a word that is not merged with its second letter is the same token everywhere.
+    The worked solution copies the words and walks through the alphabet to mark the initials. These have a space before
+    them as the words have: where a beginning is not merged with its second letter, both are the same token.
     """
     words: dict[str, str] = {}
     count = rng.randint(3, 5)
@@ -44,10 +43,10 @@ def generate_alphabetical(rng: random.Random) -> Problem:
         "Sort in alphabetical order: {v}",
         "Order the words {v}.",
         "Arrange {v} in alphabetical order.",
-        v=rng.choice((", ", ", ", " ")).join(given),
+        v=", ".join(given),
     )
     initials = sorted(words)
-    thinking = f"Words{_spaced(words)};{walk};{_spaced(initials)}"
+    thinking = f"Words {', '.join(given)};{walk};{''.join(f' {letter}' for letter in initials)}"
     answer = f"In order: {', '.join(words[letter] for letter in initials)}."
     return Problem("alphabetical order", prompt, thinking, answer, "words:" + ":".join(sorted(given)))
 
@@ -64,7 +63,7 @@ def generate_letter(rng: random.Random) -> Problem:
         templates = ("How many vowels are in {w}?", "Count the vowels in {w}.", "How many vowels does {w} have?")
         prompt = word(rng, *templates, w=text)
         answer = f"It has {count} vowel{'' if count == 1 else 's'}."
-        return Problem("letters of a word", prompt, f"Vowels {steps}", answer, key)
+        return Problem("letters of a word", prompt, f"Vowels:{steps}", answer, key)
     place = rng.choice((1, len(text), rng.randint(1, len(text)), rng.randint(1, len(text))))
     last = place == len(text) and rng.random() < 0.7
     name = "last" if last else rng.choice((ORDINALS[place - 1], ORDINALS[place - 1], _ordinal(place)))
@@ -127,10 +126,6 @@ def generate_roman(rng: random.Random) -> Problem:
             )
     read = "".join(f" {ROMAN_PLACES[place]}{digits[place][1]}" for place in reversed(range(len(digits))))
     return Problem("Roman numerals", prompt, f"Number {','.join(spelled)};{read}", f"It is {value}.", key)
-
-
-def _spaced(letters: Iterable[str]) -> str:
-    return "".join(f" {letter}" for letter in letters)
 
 
 def _ordinal(place: int) -> str:
