@@ -13,6 +13,7 @@ from minimax_m1.config import MiniMaxM1Config, QuantizationConfig
 from minimax_m1.errors import UserError
 from minimax_m1.model import Experts, Linear, MiniMaxM1ForCausalLM
 from minimax_m1.quantization import quantize_model
+from minimax_m1.settings import read_toml
 from minimax_m1.training.lora import add_lora, load_lora, merge_lora, save_lora
 from minimax_m1.training.settings import TrainSettings
 from tests.tolerances import LOGITS, relative_error
@@ -307,3 +308,11 @@ def test_a_damaged_file_is_one_line(tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="adapter: cannot read"):
         load_lora(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sft", "lora"])
+def test_the_recipes_are_valid(name):
+    recipe = TrainSettings.from_dict(read_toml(Path(__file__).parents[2] / "recipes" / f"{name}.toml"))
+    assert bool(recipe.lora_rank) == (name == "lora")
+    assert recipe.init is not None and recipe.init.name == "m1-nano"
+    assert recipe.warmup_steps + recipe.decay_steps < recipe.steps
