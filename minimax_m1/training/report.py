@@ -233,7 +233,7 @@ def finish(ax: Axes, label: str, *, log: bool = False, percent: bool = False, le
         ax.set_yscale("log", nonpositive="mask")
         scale_numbers(ax)
     elif percent and len(values):
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if np.ptp(values) > 0.05 else 1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel(label)
     ax.grid(axis="y", color=LIGHT["line"], linewidth=0.7)
     if legend and len(ax.get_legend_handles_labels()[1]) > 0:
