@@ -172,6 +172,16 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Options of `minimax-m1 convert`."""
+
+    checkpoint: Path = option(..., "a training run, one of its checkpoints, or a model's folder that can be read")
+    output: Path = option(..., "folder to write the model to")
+    dtype: Dtype = option("auto", "of the weights; auto: as in the checkpoint, float32 in a run's")
+    overwrite: bool = option(False, "replace the model in the output folder")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """Options of `minimax-m1 merge`."""
 

@@ -1,4 +1,6 @@
-"""The command line, parsed by cyclopts: chat, generate, serve, train, report, eval, info, plan, quantize, merge, bench.
+"""The command line, parsed by cyclopts.
+
+The commands: chat, generate, serve, train, report, eval, info, plan, quantize, merge, convert, bench.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -19,6 +21,7 @@ from minimax_m1.errors import UserError
 from minimax_m1.settings import (
     BenchSettings,
     ChatSettings,
+    ConvertSettings,
     EvalSettings,
     GenerateSettings,
     InfoSettings,
@@ -129,6 +132,14 @@ def merge(*, settings: Annotated[MergeSettings, Fields]) -> None:
     from minimax_m1.cli.merge import merge
 
     merge(settings)
+
+
+@app.command
+def convert(*, settings: Annotated[ConvertSettings, Fields]) -> None:
+    """Write the model of a training run, or any checkpoint that can be read, in the official layout."""
+    from minimax_m1.cli.convert import convert
+
+    convert(settings)
 
 
 @app.command

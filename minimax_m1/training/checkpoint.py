@@ -158,12 +158,12 @@ class Checkpoints:
         about = {"step": step, "ranks": self.world.size, "version": __version__, "torch": torch.__version__}
         about |= {"files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
         _write_synced(part / PROGRESS_FILE, json.dumps({**about, "progress": json.loads(progress)}, indent=1) + "\n")
-        _sync(part)
+        sync(part)
         place = path_of(self.folder, step)
         if place.exists():  # a run that began again came here before
             _remove(place)
         os.rename(part, place)
-        _sync(self.folder)
+        sync(self.folder)
         for old in list_steps(self.folder)[: -self.keep]:
             _remove(path_of(self.folder, old))
 
@@ -325,9 +325,9 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

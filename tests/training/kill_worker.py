@@ -29,7 +29,7 @@ from minimax_m1.training.checkpoint import Checkpoints
 from minimax_m1.training.parallel import World
 
 SHAPES = {"a": (3, 50), "b": (7,), "c": (40, 500), "d": (4, 6, 5)}
-LONGEST_RUN = 0.3  # seconds; some ten saves
+LONGEST_RUN = 0.3  # seconds for each rank; some ten saves
 
 
 def make_state(world: World, step: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def main(folder: Path, kills: int, ranks: int, seed: int) -> None:
         pids = fork_ranks(ranks, train, folder, writing)
         os.close(writing)
         lines = [] if 0 < kill < kills and rng.random() < 0.1 else read_lines(reading, "loaded")  # or while it starts
-        time.sleep(rng.random() * LONGEST_RUN)
+        time.sleep(rng.random() * LONGEST_RUN * ranks)
         for pid in rng.sample(pids, rng.randint(1, len(pids))):  # one or all
             os.kill(pid, signal.SIGKILL)
         leave(pids)
