@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minimax_m1.kernels.context import ContextPart
+
 
 @dataclass(frozen=True)
 class ForwardBatch:
@@ -27,6 +29,7 @@ class ForwardBatch:
     backend: str | None = None  # kernels to run with; None: the preferred ones
     cached: CachedRows | None = None  # where the cache comes in; None: every sequence starts here
     expert_threshold: Tensor | None = None  # [T] float32 in (0, 1]; None: every token uses all its top-k experts
+    context: ContextPart | None = None  # whose rows are on which rank; None: all of them are here
 
     @classmethod
     def packed(

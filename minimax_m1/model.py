@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from minimax_m1.batch import ForwardBatch
@@ -23,7 +24,9 @@ from minimax_m1.config import SOFTMAX, MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.kernels import blocks
 from minimax_m1.kernels.attention import softmax_attention, softmax_attention_cached
+from minimax_m1.kernels.context import lightning_attention_divided, softmax_attention_divided
 from minimax_m1.kernels.cross_entropy import linear_cross_entropy
+from minimax_m1.kernels.exchange import expert_mlp_exchanged
 from minimax_m1.kernels.experts import expert_mlp, route
 from minimax_m1.kernels.lightning import (
     lightning_attention,
@@ -92,7 +95,7 @@ class MiniMaxM1ForCausalLM(nn.Module):
 
         `num_decodes` as in `kernels.linear.linear`: the first so many rows go through the row kernels.
         """
-        return float32_linear(hidden, self.lm_head.weight, backend, num_decodes)
+        return self.lm_head.logits(hidden, backend, num_decodes)
 
     # -- the public wrapper: the only place with a batch dimension and padding ----------------------------------------
 
@@ -170,7 +173,7 @@ class MiniMaxM1ForCausalLM(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Initialise for training: matrices normal with `initializer_range`, norms 1, gate temperatures 0.
 
-        The same seed gives the same weights on any device.
+        The same seed gives the same weights on any device, and on any number of ranks.
         """
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
@@ -181,7 +184,8 @@ class MiniMaxM1ForCausalLM(nn.Module):
             for name, weight in module.named_parameters(recurse=False):
                 if name in ("weight", "w13", "w2") and weight.dim() >= 2:
                     noise = torch.empty(weight.shape, dtype=torch.float32)
-                    weight.copy_(noise.normal_(0.0, self.config.initializer_range, generator=generator))
+                    noise.normal_(0.0, self.config.initializer_range, generator=generator)
+                    weight.copy_(noise if type(weight.data) is Tensor else _divided_like(weight, noise))
 
     @property
     def device(self) -> torch.device:
@@ -299,6 +303,11 @@ class LightningAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: HybridCache | None) -> Tensor:
         """Return o [T, H, D]: decoding sequences by the recurrence, all others in blocks."""
         slope = self.slope(q.device)
+        if batch.context is not None:
+            bounds, context = batch.cu_seqlens, batch.context
+            return lightning_attention_divided(
+                q, k, v, slope, cu_seqlens=bounds, context=context, backend=batch.backend
+            )
         if cache is None:
             return lightning_attention(q, k, v, slope, cu_seqlens=batch.cu_seqlens, backend=batch.backend)[0]
         assert batch.cached is not None
@@ -332,8 +341,11 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, u: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(u, batch).view(u.shape[0], -1, self.head_dim) for proj in projections)
-        if cache is None:
+        q, k, v = (proj(u, batch).unflatten(1, (-1, self.head_dim)) for proj in projections)
+        if batch.context is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            o = softmax_attention_divided(q, k, v, context=batch.context, window=self.window, backend=batch.backend)
+        elif cache is None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
             o = softmax_attention(q, k, v, cu_seqlens=batch.cu_seqlens, window=self.window, backend=batch.backend)
         else:
@@ -389,11 +401,16 @@ class Experts(nn.Module):
         num_experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.group: ProcessGroup | None = None  # expert parallelism: the ranks that have a share of the experts each
         self.register_state_dict_post_hook(_split_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
 
     def forward(self, v: Tensor, expert_ids: Tensor, expert_weights: Tensor, batch: ForwardBatch) -> Tensor:
         w13, w2, rows = self.w13, self.w2, batch.num_decode_rows
+        if self.group is not None:
+            own: Any = (w13, w2)  # DTensors, divided by expert
+            w13, w2 = (w.to_local() for w in own)
+            return expert_mlp_exchanged(v, w13, w2, expert_ids, expert_weights, self.group, batch.backend)
         return expert_mlp(v, w13, w2, expert_ids, expert_weights, backend=batch.backend, num_decodes=rows)
 
 
@@ -442,6 +459,10 @@ class Float32Linear(Linear):
 class LMHead(Float32Linear):
     """The language-model head; logits [T, vocab]."""
 
+    def logits(self, hidden: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
+        """Return `MiniMaxM1ForCausalLM.compute_logits` of these tokens."""
+        return float32_linear(hidden, self.weight, backend, num_decodes)
+
     def token_losses(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
         """Return `kernels.cross_entropy.linear_cross_entropy` of these tokens."""
         return linear_cross_entropy(hidden, self.weight, targets, z_loss)
@@ -483,6 +504,13 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 def is_plain(*modules: nn.Module) -> bool:
     """Say whether these modules are our own, so that their weights are all there is to them; LoRA's are not."""
     return all(type(module).__module__.startswith("minimax_m1.") for module in modules)
+
+
+def _divided_like(weight: Any, whole: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, as a weight that is a DTensor is divided."""
+    from torch.distributed.tensor import distribute_tensor  # takes a second, and only sharded training needs it
+
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def add_scaled(residual: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
