@@ -45,9 +45,9 @@ def add_lora(model: MiniMaxM1ForCausalLM, settings: TrainSettings) -> None:
     Embedding, head, norms and routers never get any. What is added is decided by `settings.seed`.
 
     The experts' additions cost more than their size: at each forward peft makes W + (alpha / r) B A of all experts of a
-    layer, keeps it for the backward, which computes the full gradient of it: memory for one more copy of the experts
-    unless activations are checkpointed, and about the time of full training. Without `experts` among the targets, no
-    gradient of them is computed.
+    layer, which is kept for the backward, and there its full gradient is computed: memory for one more copy of the
+    experts unless activations are checkpointed, and 1.1 to 1.5 times the time of full training. Without `experts` among
+    the targets no gradient of them is computed, and a step takes 0.75 to 0.8 times as long as full training.
 
     Raises:
         UserError: peft is missing; the model is quantized or has additions already, or has none of the targets; or its

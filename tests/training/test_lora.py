@@ -2,10 +2,14 @@
 
 import copy
 import json
+import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minimax_m1.batch import ForwardBatch
@@ -106,7 +110,7 @@ def test_only_the_targets_get_additions_and_the_start_is_the_base_to_the_bit(tar
     assert len(trained) == sum(numbers[target] for target in targets)
 
 
-@pytest.mark.parametrize("targets", [ALL, ("experts",)], ids="+".join)
+@pytest.mark.parametrize("targets", [ALL, ("experts",), ("attention", "shared")], ids="+".join)
 def test_outputs_and_gradients_are_those_of_the_formula_in_float64(targets):
     base = tiny()
     model = with_additions(targets)
@@ -308,6 +312,54 @@ def test_a_damaged_file_is_one_line(tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="adapter: cannot read"):
         load_lora(tiny(), tmp_path)
+
+
+def sum_of_losses(model: MiniMaxM1ForCausalLM, seed: int) -> Tensor:
+    """The loss of a micro-batch of its own."""
+    tokens = torch.randint(64, (40,), generator=torch.Generator().manual_seed(seed))
+    hidden, _ = model.forward_packed(tokens[:-1], ForwardBatch.packed([39]))
+    return model.lm_head.token_losses(hidden, tokens[1:])[0].sum()
+
+
+def train_and_save(model: MiniMaxM1ForCausalLM, seeds: list[int], folder: Path) -> None:
+    """Take three steps of SGD on the micro-batches of `seeds`."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for seed in seeds:
+            sum_of_losses(model, seed).backward()
+        optimizer.step()
+    save_lora(model, folder)
+
+
+def run_rank(rank: int, port: int, targets: tuple[str, ...], folder: Path) -> None:
+    """Be one of two processes, with a micro-batch of its own."""
+    from minimax_m1.training.parallel import close_world, init_world, parallelize
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    wanted = settings(targets, batches_per_step=2, activation_checkpointing=True)
+    world = init_world(wanted)
+    model = with_additions(targets).train()
+    parallelize(model, world, wanted)
+    train_and_save(model, [rank], folder)
+    close_world(world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [ALL, ("attention", "shared")], ids="+".join)
+def test_two_ranks_train_the_same_additions_as_one(tmp_path, targets):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, (port, targets, tmp_path / "two"), nprocs=2)
+    train_and_save(with_additions(targets).train(), [0, 1], tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    start = dict(with_additions(targets).named_parameters())
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        before = start[re.sub(r"(lora_[AB])", r"\1.default", name.removeprefix("base_model.model."))]
+        assert not torch.equal(expected, before), name
+        assert relative_error(two[name], expected) < LOGITS, name
 
 
 @pytest.mark.parametrize("name", ["sft", "lora"])
