@@ -561,6 +561,7 @@ def draw_figures(figures: Figures, drawn: Run | list[Run], folder: Path) -> list
             if not alt:
                 continue
             figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+            figure.set_layout_engine("none")  # everything has its place now
             svg = io.StringIO()
             figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         done.append({"title": title, "alt": alt, "svg": _inline(svg.getvalue(), name)})
