@@ -24,8 +24,8 @@ ROMAN_PLACES = "pqrs"  # labels of ones, tens, hundreds, thousands
 def generate_alphabetical(rng: random.Random) -> Problem:
     """Draw three to five words of up to seven letters with different initials, to be put in alphabetical order.
 
-    The worked solution copies the words and walks through the alphabet to mark the initials. These have a space before
-    them as the words have: where a beginning is not merged with its second letter, both are the same token.
+    The worked solution copies the words and walks through the alphabet to number the initials. These have a space
+    before them as the words have: a beginning that is not merged with its second letter is the same token.
     """
     words: dict[str, str] = {}
     count = rng.randint(3, 5)
@@ -33,7 +33,8 @@ def generate_alphabetical(rng: random.Random) -> Problem:
         drawn = draw_word(rng, 7)
         words.setdefault(drawn[0], drawn)
     given = list(words.values())
-    walk = "".join(f" {letter}!" if letter in words else f" {letter}" for letter in ALPHABET)
+    initials = sorted(words)
+    walk = "".join(f"{initials.index(letter) + 1} {letter}" if letter in words else f" {letter}" for letter in ALPHABET)
     prompt = word(
         rng,
         "Put these words in alphabetical order: {v}",
@@ -45,8 +46,8 @@ def generate_alphabetical(rng: random.Random) -> Problem:
         "Arrange {v} in alphabetical order.",
         v=", ".join(given),
     )
-    initials = sorted(words)
-    thinking = f"Words {', '.join(given)};{walk};{''.join(f' {letter}' for letter in initials)}"
+    read = "".join(f"{rank} {letter}" for rank, letter in enumerate(initials, start=1))
+    thinking = f"Words {', '.join(given)};{walk};{read}"
     answer = f"In order: {', '.join(words[letter] for letter in initials)}."
     return Problem("alphabetical order", prompt, thinking, answer, "words:" + ":".join(sorted(given)))
 
