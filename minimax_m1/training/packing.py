@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LOOKAHEAD = 64  # samples behind the first that does not fit, among which best fit chooses
+
 
 def in_order(lengths: Sequence[int], room: int) -> int:
     """Return how many of the first samples fit into `room` tokens together."""
@@ -31,18 +33,44 @@ def best_fit(lengths: Sequence[int], room: int) -> list[int]:
     return sorted(taken)
 
 
+def needed(lengths: Sequence[int], budget: int) -> int:
+    """Return how many samples `next_batch` has to look at; all are needed, and more, if there are not so many."""
+    return in_order(lengths, budget) + 1 + LOOKAHEAD
+
+
+def next_batch(lengths: Sequence[int], budget: int) -> list[int]:
+    """Return the indices, ascending, of the next batch.
+
+    It takes samples in order until the next one does not fit; that one begins the batch after it, so none waits for
+    ever. The room left goes to those that fit best among the LOOKAHEAD behind it.
+    """
+    first = in_order(lengths, budget)
+    window = lengths[first : first + 1 + LOOKAHEAD]
+    return [*range(first), *(first + i for i in best_fit(window, budget - sum(lengths[:first])))]
+
+
+def best_fit_efficiency(lengths: Sequence[int], budget: int) -> float:
+    """Return the share of the budget that is filled as long as there is enough to choose from."""
+    waiting, filled = list(lengths), []
+    while len(waiting) >= needed(waiting, budget) or (waiting and not filled):
+        taken = set(next_batch(waiting, budget))
+        filled.append(sum(waiting[i] for i in taken))
+        waiting = [length for i, length in enumerate(waiting) if i not in taken]
+    return sum(filled) / (budget * len(filled)) if filled else 0.0
+
+
 def in_order_efficiency(lengths: Sequence[int], budget: int) -> float:
     """Return the share of the budget that is filled if batches take samples strictly in order (next fit).
 
     The last batch, which the samples may not fill, does not count.
     """
-    filled, start = [], 0
-    while start < len(lengths):
-        count = max(1, in_order(lengths[start:], budget))
-        filled.append(sum(lengths[start : start + count]))
-        start += count
+    filled = [0]
+    for length in lengths:
+        if filled[-1] + length > budget:
+            filled.append(0)
+        filled[-1] += length
     full = filled[:-1] or filled
-    return sum(full) / (budget * len(full)) if full else 0.0
+    return sum(full) / (budget * len(full))
 
 
 def padded_efficiency(lengths: Sequence[int], budget: int) -> float:

@@ -20,14 +20,13 @@ from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.tokenizer.chat_template import CHAT_TEMPLATE, render
 from minimax_m1.tokenizer.vocabulary import TRAINED_ADDED_TOKENS
 from minimax_m1.training.data import PackedBatch, Sample, cut_document, make_sample, pack, record_samples
-from minimax_m1.training.packing import best_fit
+from minimax_m1.training.packing import needed, next_batch
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.sources import FileRecords, Record, RecordError, open_records, permuted
 
 SYSTEM_SHARE, HISTORY_SHARE = 0.05, 0.12  # problems with a system prompt; with earlier turns of the conversation
 SYSTEM_PROMPT = "You are a helpful assistant."
-LOOKAHEAD = 64  # drawn samples among which best fit chooses
-MAX_UNUSABLE = 1000  # problems in a row that give no sample
+MAX_UNUSABLE = 300  # problems in a row that give no sample
 
 
 @dataclass
@@ -79,8 +78,7 @@ class SampleStream:
     within a sample. All slots begin with one sample of each source; a random part of it is forgiven in each slot, or
     else all slots would turn to the same source in the same step for ever.
 
-    A batch takes samples in drawn order until the next one does not fit; that one begins the next batch. The room left
-    is filled with those that fit best among the LOOKAHEAD samples after it. Nothing is lost and nothing waits for ever.
+    Batches take samples as `packing.next_batch` says: nothing is lost and nothing waits for ever.
     """
 
     def __init__(self, settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer, slot: int, window: int) -> None:
@@ -118,18 +116,13 @@ class SampleStream:
 
     def next_samples(self) -> list[Sample]:
         """Take the samples of the next batch."""
-        room = self.settings.tokens_per_batch
-        taken: list[Sample] = []
-        self._draw_up_to(1)
-        while len(self._buffer[0].sample.ids) <= room:
-            taken.append(self._buffer.pop(0).sample)
-            room -= len(taken[-1].ids)
-            self._draw_up_to(1)
-        assert taken, "a window is at most tokens_per_batch"
-        self._draw_up_to(1 + LOOKAHEAD)
-        fitting = best_fit([len(drawn.sample.ids) for drawn in self._buffer], room)
-        taken += [self._buffer[i].sample for i in fitting]
-        self._buffer = [drawn for i, drawn in enumerate(self._buffer) if i not in fitting]
+        lengths = [len(drawn.sample.ids) for drawn in self._buffer]
+        while len(self._buffer) < needed(lengths, self.settings.tokens_per_batch):
+            self._buffer.append(self.draw())
+            lengths.append(len(self._buffer[-1].sample.ids))
+        indices = next_batch(lengths, self.settings.tokens_per_batch)
+        taken = [self._buffer[i].sample for i in indices]
+        self._buffer = [drawn for i, drawn in enumerate(self._buffer) if i not in set(indices)]
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,12 +200,8 @@ class SampleStream:
             raise UserError(f"mixture: {source.name!r} has changed since the checkpoint was written")
         return pieces
 
-    def _draw_up_to(self, count: int) -> None:
-        while len(self._buffer) < count:
-            self._buffer.append(self._draw())
-
-    def _draw(self) -> Drawn:
-        """Draw the next piece of the next record of the source whose turn it is."""
+    def draw(self) -> Drawn:
+        """Take the next sample in drawn order, unpacked, before those that wait."""
         turned = self.slot % len(self.sources)  # at the beginning, when none has had any
         source = min(self.sources[turned:] + self.sources[:turned], key=lambda source: source.due)
         while source.pieces is None:

@@ -91,7 +91,7 @@ def test_in_a_pass_every_slots_records_are_disjoint_and_together_all(
     for slot in range(num_slots):
         stream = SampleStream(options, tokenizer, slot, 60)
         learned: dict[int, list[int]] = {}  # by record: what is learned, whatever the order of its pieces
-        while (drawn := stream._draw()).record * num_slots + slot < len(texts):
+        while (drawn := stream.draw()).record * num_slots + slot < len(texts):
             ids = [
                 token for token, is_learned in zip(drawn.sample.ids, drawn.sample.learned, strict=True) if is_learned
             ]
@@ -115,7 +115,7 @@ def test_batches_hold_what_was_drawn_within_the_budget(
         assert all(len(sample.ids) <= 60 for sample in samples)
         packed += samples
     waiting = [drawn.sample for drawn in stream._buffer]
-    expected = [drawing._draw().sample for _ in range(len(packed) + len(waiting))]
+    expected = [drawing.draw().sample for _ in range(len(packed) + len(waiting))]
     assert fingerprint(packed + waiting) == fingerprint(expected)
     order = iter([sample.ids for sample in expected])
     assert all(sample.ids in order for sample in waiting)  # the order of the rest is kept
