@@ -1,6 +1,6 @@
 """The command line, parsed by cyclopts.
 
-The commands: chat, generate, serve, train, report, eval, info, plan, quantize, merge, convert, bench.
+The commands: chat, generate, serve, train, data, report, eval, info, plan, quantize, merge, convert, bench.
 
 A command imports what it needs when it runs, so that `--help` and a mistyped flag do not wait for torch.
 """
@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from minimax_m1 import __version__
+from minimax_m1.cli.data import DataSettings
 from minimax_m1.cli.recipe import Recipe, check_values
 from minimax_m1.errors import UserError
 from minimax_m1.settings import (
@@ -80,6 +81,14 @@ def train(*, settings: Annotated[TrainSettings, Fields] = TrainSettings()) -> No
     from minimax_m1.training.trainer import train
 
     train(settings)
+
+
+@app.command
+def data(*, settings: Annotated[DataSettings, Fields] = DataSettings()) -> None:
+    """Show the data of a training recipe as the model will see them: what is learned, shares, lengths, packing."""
+    from minimax_m1.cli.data import show_data
+
+    show_data(settings)
 
 
 @app.command
