@@ -1,7 +1,7 @@
 """Ranks that write and read checkpoints, for test_checkpoint.py; run as a script, because ranks are processes.
 
 `python checkpoint_worker.py FOLDER`: each phase forks its ranks, so that torch is imported once. A rank that fails says
-why and makes the script fail.
+why and makes the script fail. `python checkpoint_worker.py OUTPUT INIT` leaves what a run of four ranks would.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
+from minimax_m1.settings import to_toml
+from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.training.checkpoint import Checkpoints, SaveError
+from minimax_m1.training.export import export
 from minimax_m1.training.parallel import World, init_world, parallelize
 from minimax_m1.training.settings import TrainSettings
 
@@ -162,6 +165,22 @@ def network(world: World, folder: Path, seed: int, writing: bool) -> None:
             assert torch.equal(found[name], tensor), name
 
 
+def run_folder(world: World, output: Path, init: Path) -> None:
+    """Leave what a run does: checkpoint, tokenizer, recipe and exported model; the weights are those of seed 0."""
+    settings = TrainSettings(output=output, init=init, expert_parallel=2)
+    tokenizer = MiniMaxM1Tokenizer.from_pretrained(init)
+    model = MiniMaxM1ForCausalLM(MiniMaxM1Config.from_pretrained(init))
+    model.init_weights(0)
+    parallelize(model, world, settings)
+    checkpoints = Checkpoints(output / "checkpoints", 2, world)
+    checkpoints.save(1, {"model": dict(model.named_parameters()), "progress": {"config": model.config.to_dict()}})
+    export(model, tokenizer, settings, output / "model", world)
+    checkpoints.wait()
+    if world.is_main:
+        tokenizer.save_pretrained(output / "tokenizer")
+        (output / "recipe.toml").write_text(to_toml(settings), encoding="utf-8")
+
+
 def fail_on_one(world: World, folder: Path) -> None:
     """One rank cannot write: all ranks hear of it at the same poll, and the next save works."""
     tensor = distribute_tensor(torch.arange(40_000.0), init_device_mesh("cpu", (world.size,)), (Shard(0),))
@@ -207,7 +226,7 @@ def limit_files(size: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run every phase."""
+    """Run every phase of test_checkpoint.py."""
     for writers in (1, 2):
         run_ranks(writers, write, folder / f"by-{writers}")
         for readers in (1, 2, 4):
@@ -223,4 +242,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        run_ranks(4, run_folder, *map(Path, sys.argv[1:]), expert_parallel=2)
