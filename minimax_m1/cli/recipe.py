@@ -29,10 +29,11 @@ class Recipe:
         for argument in arguments:
             name = argument.name.removeprefix("--").replace("-", "_")
             value = values.get(name)
-            # Cyclopts would hand on the values of a table of anything as text; and cyclopts 4, the last for Python
-            # 3.10, would make a list in a list of an empty one.
+            # Cyclopts would hand on the values of a table of anything as text, and take a table's key with a dot in
+            # it, such as a file's name, for two; and cyclopts 4, the last for Python 3.10, would make a list in a list
+            # of an empty one.
             is_empty_list = value == [] and get_origin(argument.hint) is tuple
-            if is_empty_list or (argument.hint == dict[str, Any] and isinstance(value, dict)):
+            if is_empty_list or (get_origin(argument.hint) is dict and isinstance(value, dict)):
                 del values[name]
                 if not argument.tokens:
                     value = () if is_empty_list else value

@@ -296,9 +296,18 @@ class MiniMaxM1Tokenizer:
     @functools.cached_property
     def _has_known_split(self) -> bool:
         """Whether the safe places to cut, which were worked out for two expressions, hold here."""
+        return self._backend.normalizer is None and self.split_patterns in ([O200K_SPLIT], [SINGLE_DIGIT_SPLIT])
+
+    @property
+    def split_patterns(self) -> list[str]:
+        """The regular expressions that cut a text into the pieces inside which merges apply."""
         pieces = json.loads(self._backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
-        patterns = [piece["pattern"].get("Regex") for piece in pieces if piece["type"] == "Split"]
-        return self._backend.normalizer is None and patterns in ([O200K_SPLIT], [SINGLE_DIGIT_SPLIT])
+        return [piece["pattern"].get("Regex") for piece in pieces if piece["type"] == "Split"]
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The byte-pair merges in order, spelled in byte characters."""
+        return [(left, right) for left, right in json.loads(self._backend.to_str())["model"]["merges"]]
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:

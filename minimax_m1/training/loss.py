@@ -1,29 +1,46 @@
 """The loss: cross-entropy in float32 over the tokens that are learned, and the routers' balance.
 
-Shapes: T packed tokens, n of them learned, V the vocabulary.
+Shapes: T packed tokens, n of them learned, L layers, E experts.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from minimax_m1.model import MiniMaxM1ForCausalLM, load_balancing_loss
+from minimax_m1.model import MiniMaxM1ForCausalLM, Routing, load_balancing_loss
 from minimax_m1.training.data import IGNORED, PackedBatch
+from minimax_m1.training.parallel import World, context_balance_loss
 
 
-def packed_losses(model: MiniMaxM1ForCausalLM, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the model on a packed batch.
+class PackedLosses(NamedTuple):
+    """What one micro-batch gives; under context parallelism, what this rank's part of it gives."""
 
-    Logits are made only for the tokens that are learned.
+    loss: Tensor  # summed over the learned tokens: cross-entropy + z_loss · squares; differentiable
+    cross_entropy: Tensor  # the first part alone, for reports
+    squares: Tensor  # of the log of the softmax's normaliser, summed
+    hits: Tensor  # learned tokens that were the most probable one
+    balance: Tensor  # `model.load_balancing_loss` of the whole micro-batch; differentiable
+    expert_counts: Tensor  # [L, E] int64: how many choices fell on each expert
 
-    Returns:
-        the cross-entropy summed over the n learned tokens, and the balance loss (`model.load_balancing_loss`), float32
-        scalars; and whether each learned token was the most probable one, [n] bool.
-    """
+
+def packed_losses(
+    model: MiniMaxM1ForCausalLM, batch: PackedBatch, z_loss: float = 0.0, world: World | None = None
+) -> PackedLosses:
+    """Run the model on a packed batch; logits are made only for the tokens that are learned, a chunk at a time."""
     hidden, routings = model.forward_packed(batch.input_ids, batch.layout)
     learned = batch.targets != IGNORED
-    logits = model.compute_logits(hidden[learned])
-    targets = batch.targets[learned]
-    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-    return cross_entropy, load_balancing_loss(routings), logits.detach().argmax(-1) == targets
+    loss, cross_entropy, squares, hits = model.lm_head.token_losses(hidden[learned], batch.targets[learned], z_loss)
+    if world is not None and world.num_context_ranks > 1:
+        balance = context_balance_loss(routings, world.context_group)
+    else:
+        balance = load_balancing_loss(routings)
+    return PackedLosses(loss, cross_entropy, squares, hits, balance, expert_counts(routings))
+
+
+def expert_counts(routings: list[Routing]) -> Tensor:
+    """Return [L, E]: how many of the tokens' choices fell on each expert of each layer."""
+    num_experts = routings[0].probs.shape[-1]
+    return torch.stack([torch.bincount(r.expert_ids.flatten(), minlength=num_experts) for r in routings])

@@ -1,189 +1,386 @@
-"""The training loop, from a recipe to an exported model.
+"""The training loop, from a recipe to an exported model, on one process or under torchrun on many.
 
-Shapes: T packed tokens of one micro-batch, n of them learned.
+Shapes: T packed tokens of one micro-batch, L layers, E experts; G micro-batches a step, over all ranks.
 """
 
 from __future__ import annotations
 
-import json
-import random
-import sys
+import math
+import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
+from minimax_m1.accounting import training_flops
+from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.settings import to_toml
-from minimax_m1.tasks import NANO_TASKS
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
-from minimax_m1.training.checkpoint import list_checkpoints, load_newest_checkpoint, save_checkpoint
-from minimax_m1.training.data import IGNORED, PackedBatch, SampleStream, make_sample, pack
+from minimax_m1.training.checkpoint import Checkpoints, SaveError
+from minimax_m1.training.data import PackedBatch
+from minimax_m1.training.evaluation import Evaluation
+from minimax_m1.training.export import export
 from minimax_m1.training.loss import packed_losses
-from minimax_m1.training.optimizer import Muon, build_optimizers, learning_rate_factor
+from minimax_m1.training.metrics import RunLog
+from minimax_m1.training.optimizer import (
+    aux_loss_coefficient,
+    build_optimizers,
+    learning_rate_factor,
+    optimizer_state,
+    set_learning_rates,
+)
+from minimax_m1.training.parallel import (
+    World,
+    clip_gradients,
+    close_world,
+    context_part,
+    gradient_norms,
+    init_world,
+    load_weights,
+    materialize,
+    parallelize,
+    sum_over_ranks,
+)
 from minimax_m1.training.settings import TrainSettings
-from minimax_m1.training.vocabulary import mixture_texts, train_prefix_tokenizer
+from minimax_m1.training.stream import SampleStream
+from minimax_m1.training.vocabulary import build_tokenizer, extend_embeddings
 
-VOCABULARY_PROBLEMS = 20_000  # training problems that the vocabulary is built from
+WATCHED_STEPS = 50  # steps at the beginning of a stage whose gradients are compared with as many before it
 
 
 def train(settings: TrainSettings) -> MiniMaxM1ForCausalLM:
-    """Train a model on the task mixture, resuming where an earlier run stopped, and export it to output/model.
-
-    Metrics go to output/metrics.jsonl, one JSON object a line, and to the terminal.
+    """Train a model as a recipe says, resuming where an earlier run stopped, and export it to output/model.
 
     Raises:
-        UserError: settings that cannot be used, or a folder that cannot be written or read.
+        UserError: settings that cannot be used, data or folders that cannot be read or written, and what the settings
+            say to stop at (bad_records, long_samples, bad_steps, bad_saves, max_grad_growth).
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    output = settings.output
-    if not settings.resume and list_checkpoints(output):
-        raise UserError(f"output: {output} holds checkpoints of another run; choose another folder, or resume it")
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(settings)
-    tokenizer.save_pretrained(output / "tokenizer")
-    model = build_model(settings, tokenizer)
-    optimizers = build_optimizers(model, settings)
-    stream = SampleStream(tokenizer, settings.mixture, settings.seed)
-    step = num_tokens = 0
-    state = load_newest_checkpoint(output) if settings.resume else None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, num_tokens, stream.position = state["step"], state["num_tokens"], state["position"]
+    world = init_world(settings)
+    try:
+        return _run(settings, world)
+    finally:
+        close_world(world)
 
-    started, tokens_before = time.perf_counter(), num_tokens
-    with (output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        while step < settings.steps:
-            batches = [
-                stream.next_batch(settings.tokens_per_batch, model.device, settings.backend)
-                for _ in range(settings.micro_batches)
-            ]
-            set_learning_rates(optimizers, settings, learning_rate_factor(step, settings))
-            result = train_step(model, optimizers, batches, settings.max_grad_norm)
-            num_tokens += sum(len(batch.input_ids) for batch in batches)
-            step += 1
-            if step % settings.log_every == 0 or step == settings.steps:
-                speed = (num_tokens - tokens_before) / (time.perf_counter() - started)
-                log(metrics, {"step": step, "tokens": num_tokens, **result, "tokens_per_second": round(speed)})
-            if settings.eval_every and (step % settings.eval_every == 0 or step == settings.steps):
-                log(metrics, {"step": step, "solved": evaluate(model, tokenizer, settings)})
-            if step % settings.save_every == 0 or step == settings.steps:
-                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                state |= {"step": step, "num_tokens": num_tokens, "position": stream.position}
-                save_checkpoint(output, step, state, settings.keep)
-    export(model, tokenizer, settings, output / "model")
+
+def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
+    output = settings.output
+    checkpoints = Checkpoints(output / "checkpoints", settings.keep, world)
+    newest = checkpoints.newest()
+    if newest is not None and not settings.resume:
+        raise UserError(f"output: {output} holds checkpoints of another run; choose another folder, or resume it")
+    tokenizer = build_tokenizer(settings)
+    sum_over_ranks([0.0], world)  # every rank has looked into output: now it may be written
+    model = build_model(settings, tokenizer, world)
+    optimizers = build_optimizers(model, settings)
+    slots = range(world.data_rank, settings.batches_per_step, world.num_data_ranks)
+    streams = {slot: SampleStream(settings, tokenizer, slot, settings.window[0]) for slot in slots}
+    run = RunState(model, optimizers, streams, Progress())
+    if newest is not None:
+        state = run.state()
+        checkpoints.load(newest, state)
+        run.load(state)
+    run.enter_stage(settings)
+    if world.is_main:
+        _write_recipe(output, settings, tokenizer)
+
+    progress, evaluation = run.progress, Evaluation(settings, tokenizer, world)
+    with RunLog(
+        output,
+        settings.steps,
+        resume_step=progress.step,
+        tensorboard=settings.tensorboard,
+        is_main=world.is_main,
+    ) as log:
+        meter = Meter(model, world)
+        while progress.step < settings.steps:
+            if settings.stage(progress.step) != progress.stage:
+                progress.stage = settings.stage(progress.step)
+                run.enter_stage(settings)
+                log.write({"step": progress.step, "event": f"window {settings.window[progress.stage]:,}"})
+            batches = [stream.next_batch(world.device, settings.backend) for stream in streams.values()]
+            result = train_step(model, optimizers, batches, world, settings, progress.step)
+            progress.step += 1
+            progress.tokens += round(result["step_tokens"])
+            meter.add(result, batches)
+            watch_gradients(progress, result, settings, log)
+            if progress.step % settings.log_every == 0 or progress.step in (1, settings.steps):
+                log.write(meter.line(progress, settings))
+            if settings.eval_every and (progress.step % settings.eval_every == 0 or progress.step == settings.steps):
+                log.write({"step": progress.step, **evaluation.run(model, progress.step)})
+            try:
+                if progress.step % settings.save_every == 0 or progress.step == settings.steps:
+                    checkpoints.save(progress.step, run.state())
+                checkpoints.poll()
+            except SaveError as error:
+                _or_stop(settings.bad_saves, f"output: {error}", progress.step, log)
+        checkpoints.wait()
+    export(model, tokenizer, settings, output / "model", world)
     return model
 
 
 def train_step(
-    model: MiniMaxM1ForCausalLM, optimizers: list[torch.optim.Optimizer], batches: list[PackedBatch], max_norm: float
-) -> dict[str, float]:
-    """Take one optimizer step on the micro-batches as if they were one batch; return its metrics.
+    model: MiniMaxM1ForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[PackedBatch],
+    world: World,
+    settings: TrainSettings,
+    step: int,
+) -> dict[str, Any]:
+    """Take one optimizer step on the micro-batches of all ranks as if they were one batch; return its metrics.
 
-    Every micro-batch's cross-entropy is divided by the learned tokens of all of them, its balance loss by their number.
+    Every micro-batch's loss is divided by the learned tokens of all of them, its balance loss by their number. Where
+    the loss or a gradient is not finite, nothing is updated and the result says "skipped".
+
+    Args:
+        batches: this data rank's micro-batches, whole; under context parallelism only its part of each is run.
+        step: steps before this one; decides learning rates and coefficients.
     """
     model.train()
-    num_targets = sum(batch.num_targets for batch in batches)
-    loss = balance = correct = 0.0
-    for batch in batches:
-        cross_entropy, aux_loss, hits = packed_losses(model, batch)
-        cross_entropy = cross_entropy / num_targets
-        aux_loss = aux_loss / len(batches)
-        (cross_entropy + model.config.router_aux_loss_coef * aux_loss).backward()
-        loss, balance, correct = loss + cross_entropy.item(), balance + aux_loss.item(), correct + hits.sum().item()
-    # An infinite gradient would spoil every weight: better to stop here, with the last checkpoint good.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True)
+    set_learning_rates(optimizers, settings, learning_rate_factor(step, settings))
+    aux_coefficient = aux_loss_coefficient(step, settings, model.config.router_aux_loss_coef)
+    parts = [context_part(batch, world) for batch in batches]
+    counts = [sum(part.num_targets for part in parts), sum(len(part.input_ids) for part in parts)]
+    num_targets, num_tokens = sum_over_ranks(counts, world)
+    if num_targets == 0:
+        raise UserError("mixture: a whole step has no token that the loss falls on; accepted: data with some")
+
+    sums, loads = torch.zeros(4, device=world.device), torch.zeros((), device=world.device)
+    for part in parts:
+        losses = packed_losses(model, part, settings.z_loss, world)
+        balance = losses.balance / settings.batches_per_step
+        (losses.loss / num_targets + aux_coefficient * balance).backward()
+        values = losses.cross_entropy, losses.squares, losses.hits
+        sums += torch.stack([*values, balance.detach() * num_targets / world.num_context_ranks]).float()
+        loads = loads + losses.expert_counts
+    totals = sum_over_ranks(torch.cat((sums.double(), loads.double().flatten())), world).tolist()
+    loss, squares, accuracy, balance = (total / num_targets for total in totals[:4])
+
+    norms = gradient_norms(model, world)
+    skipped = not (math.isfinite(loss) and math.isfinite(norms["all"]))
+    if not skipped:
+        clip_gradients(model, min(1.0, settings.max_grad_norm / (norms["all"] + 1e-12)))
+        for optimizer in optimizers:
+            optimizer.step()
     for optimizer in optimizers:
-        optimizer.step()
         optimizer.zero_grad()
     return {
         "loss": loss,
         "balance": balance,
-        "token_accuracy": correct / num_targets,
-        "grad_norm": grad_norm.item(),
+        **({"z_loss": settings.z_loss * squares} if settings.z_loss else {}),
+        "aux_loss": aux_coefficient,
+        "token_accuracy": accuracy,
+        "grad_norm": norms.pop("all"),
+        "grad_norm_by_layer": norms,
         "lr": optimizers[-1].param_groups[0]["lr"],
+        "expert_counts": torch.tensor(totals[4:]).view(len(model.model.layers), -1),
+        "step_tokens": num_tokens,
+        **({"skipped": True} if skipped else {}),
     }
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], settings: TrainSettings, factor: float) -> None:
-    """Set every learning rate to `factor` of its highest."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * (settings.muon_lr if isinstance(optimizer, Muon) else settings.lr)
+# -- what a checkpoint holds ------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(model: MiniMaxM1ForCausalLM, tokenizer: MiniMaxM1Tokenizer, settings: TrainSettings) -> dict[str, float]:
-    """Return, per family, the share of unseen problems whose every token is the model's first choice.
+@dataclass
+class Progress:
+    """How far a run is."""
 
-    One forward pass instead of a generation: where all of them are, greedy generation writes exactly this solution. So
-    it is a lower bound of the accuracy.
+    step: int = 0
+    tokens: int = 0
+    stage: int = 0
+    recent_norms: tuple[float, ...] = ()  # of the gradient, in the last steps of this stage
+    norm_before: float = 0.0  # their median in the stage before; 0: there is none
+
+
+@dataclass
+class RunState:
+    """Everything that changes while training."""
+
+    model: MiniMaxM1ForCausalLM
+    optimizers: list[torch.optim.Optimizer]
+    streams: dict[int, SampleStream]
+    progress: Progress
+
+    def state(self) -> dict[str, Any]:
+        """Return it as `Checkpoints` takes it; the tensors are the live ones. Frozen parameters are init's."""
+        parameters = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "model": parameters,
+            "optimizer": optimizer_state(self.model, self.optimizers),
+            "progress": {**vars(self.progress), "config": self.model.config.to_dict()},
+            "slots": {str(slot): stream.state_dict() for slot, stream in self.streams.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `Checkpoints.load` has filled in beside the tensors."""
+        saved = {name: value for name, value in state["progress"].items() if name != "config"}
+        self.progress.__dict__.update({**saved, "recent_norms": tuple(saved["recent_norms"])})
+        for slot, stream in self.streams.items():
+            stream.load_state_dict(state["slots"][str(slot)])
+
+    def enter_stage(self, settings: TrainSettings) -> None:
+        """Set window and rope_theta to those of the stage."""
+        progress = self.progress
+        for stream in self.streams.values():
+            stream.window = settings.window[progress.stage]
+        if settings.stage_rope_theta:
+            theta = settings.stage_rope_theta[progress.stage]
+            self.model.config = self.model.model.config = self.model.config.replace(rope_theta=theta)
+
+
+def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainSettings, log: RunLog) -> None:
+    """Report or stop at a step that was not finite, and at gradients that a longer window has made explode.
+
+    The median of the first WATCHED_STEPS of a stage is compared with that of the last ones of the stage before.
+
+    Raises:
+        UserError: bad_steps or max_grad_growth say so.
     """
-    model.eval()
-    solved = {}
-    for family, weight in settings.mixture.items():
-        if weight == 0:
-            continue
-        rng = random.Random(f"evaluation:{settings.seed}:{family}")
-        problems = [NANO_TASKS[family].sample(rng, "test") for _ in range(settings.eval_problems)]
-        samples = [make_sample(tokenizer, problem) for problem in problems]
-        batch = pack(samples, model.device, settings.backend)
-        hidden, _ = model.forward_packed(batch.input_ids, batch.layout)
-        wrong = (model.compute_logits(hidden).argmax(-1) != batch.targets) & (batch.targets != IGNORED)
-        parts = wrong.split(batch.layout.seqlens)
-        solved[family] = sum(not part.any() for part in parts) / len(parts)
-    return solved
+    step, norm = progress.step, result["grad_norm"]
+    if result.get("skipped"):
+        what = f"step {step}: loss {result['loss']:.4g}, gradient norm {norm:.4g}: not finite, so not applied"
+        _or_stop(settings.bad_steps, what, step, log)
+        return
+    begins = settings.stage_steps[progress.stage - 1] if progress.stage else 0
+    if step == begins + 1 and progress.stage:
+        progress.norm_before = statistics.median(progress.recent_norms) if progress.recent_norms else 0.0
+        progress.recent_norms = ()
+    progress.recent_norms = (*progress.recent_norms[1 - WATCHED_STEPS :], norm)
+    growth = statistics.median(progress.recent_norms) / progress.norm_before if progress.norm_before else 0.0
+    is_watched = settings.max_grad_growth > 0 and step - begins in (10, 20, WATCHED_STEPS)
+    if is_watched and growth > settings.max_grad_growth:
+        before, window = settings.window[progress.stage - 1], settings.window[progress.stage]
+        raise UserError(
+            f"max_grad_growth: {step - begins} steps after the window grew from {before:,} to {window:,}, gradients "
+            f"are {growth:.1f} times as large; accepted: {settings.max_grad_growth:g} times; take more stages"
+        )
 
 
-def build_tokenizer(settings: TrainSettings) -> MiniMaxM1Tokenizer:
-    """Return the vocabulary of an earlier run in output, so that a mixture may change on resuming, or build it.
+def _or_stop(policy: str, what: str, step: int, log: RunLog) -> None:
+    """Go on and leave a line in the log where the policy is "skip"; else stop."""
+    if policy == "stop":
+        raise UserError(what)
+    log.write({"step": step, "event": what})
 
-    It is built from training problems of the mixture; the same settings always give the same one.
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """What happened since the last line of metrics: time, tokens, expert load, and the share of the peak reached."""
+
+    def __init__(self, model: MiniMaxM1ForCausalLM, world: World) -> None:
+        self.model, self.world = model, world
+        self.peak_flops = peak_flops(world.device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.started, self.tokens, self.flops = time.perf_counter(), 0.0, 0
+        self.filled: list[int] = []
+        self.expert_counts: Any = 0
+        self.result: dict[str, Any] = {}
+
+    def add(self, result: dict[str, Any], batches: list[PackedBatch]) -> None:
+        """Count one step, of which `batches` are this rank's."""
+        self.result, self.tokens = result, self.tokens + result["step_tokens"]
+        self.expert_counts = self.expert_counts + result["expert_counts"]
+        self.filled += [len(batch.input_ids) for batch in batches]
+        self.flops += sum(training_flops(self.model.config, batch.layout.seqlens) for batch in batches)
+
+    def line(self, progress: Progress, settings: TrainSettings) -> dict[str, Any]:
+        """Return a line of metrics of the last step, with speed and load since the line before."""
+        seconds = time.perf_counter() - self.started
+        hidden = ("expert_counts", "step_tokens")
+        load = self.expert_counts / self.expert_counts.sum(1, keepdim=True)
+        line = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            **{name: value for name, value in self.result.items() if name not in hidden},
+            "expert_load": [[round(share, 4) for share in layer] for layer in load.tolist()],
+            "window": settings.window[progress.stage],
+            "packing": sum(self.filled) / (len(self.filled) * settings.tokens_per_batch),
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        if self.peak_flops:
+            line["mfu"] = self.flops / self.world.num_context_ranks / seconds / self.peak_flops
+        self.reset()
+        return line
+
+
+# The dense bfloat16 peak of a GPU in FLOP/s, from NVIDIA's data sheets.
+GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOP/s of this rank's device: of a CPU measured on a float32 product, None if unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in GPU_PEAKS.items() if key in name), None)
+    a = torch.randn(1024, 1024)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+def build_model(settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer, world: World) -> MiniMaxM1ForCausalLM:
+    """Return the model to train, in float32, divided over the ranks: init's, or a random one of the settings' config.
+
+    Where weights are divided, no rank ever has all of them, unless init's vocabulary grows or LoRA is added.
     """
-    folder = settings.output / "tokenizer"
-    if settings.resume and folder.is_dir():
-        return MiniMaxM1Tokenizer.from_pretrained(folder)
-    return train_prefix_tokenizer(
-        mixture_texts(settings.mixture, VOCABULARY_PROBLEMS, settings.seed), settings.vocab_size
-    )
+    if settings.init is None:
+        config = settings.model_config(
+            len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    else:
+        config = MiniMaxM1Config.from_pretrained(settings.init)
+    grows = settings.init is not None and settings.vocab_size > 0
+    if world.mesh is None or grows or settings.lora_rank:
+        model = _whole_model(config, settings, tokenizer).to(world.device)
+        parallelize(model, world, settings)
+        return model
+    with torch.device("meta"):
+        model = MiniMaxM1ForCausalLM(config)
+    parallelize(model, world, settings)
+    materialize(model, world.device)
+    if settings.init is None:
+        model.init_weights(settings.seed)
+    else:
+        load_weights(model, settings.init)
+    return model
 
 
-def build_model(settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer) -> MiniMaxM1ForCausalLM:
-    """Build and initialise the model of the settings for the vocabulary of `tokenizer`."""
-    config = settings.model_config(
-        len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = MiniMaxM1ForCausalLM(config)
-    model.init_weights(settings.seed)
-    return model.to(settings.device)
+def _whole_model(
+    config: MiniMaxM1Config, settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer
+) -> MiniMaxM1ForCausalLM:
+    if settings.init is None:
+        model = MiniMaxM1ForCausalLM(config)
+        model.init_weights(settings.seed)
+        return model
+    model = MiniMaxM1ForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+    model = extend_embeddings(model, MiniMaxM1Tokenizer.from_pretrained(settings.init), tokenizer)
+    if settings.lora_rank:
+        from minimax_m1.training.lora import add_lora
+
+        add_lora(model, settings)
+    return model
 
 
-def export(model: MiniMaxM1ForCausalLM, tokenizer: MiniMaxM1Tokenizer, settings: TrainSettings, folder: Path) -> None:
-    """Write the model in the official layout, its tokenizer, and the settings that made it."""
-    copy = MiniMaxM1ForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder.parent / "recipe.toml").write_text(to_toml(settings), encoding="utf-8")
-
-
-def log(metrics: TextIO, values: dict[str, Any]) -> None:
-    """Append one line of metrics, and show it on a terminal."""
-    metrics.write(json.dumps(values) + "\n")
-    metrics.flush()
-    if sys.stderr.isatty():
-        print("  ".join(f"{name} {_short(value)}" for name, value in values.items()), file=sys.stderr)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {share:.0%}" for name, share in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _write_recipe(output: Path, settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer) -> None:
+    tokenizer.save_pretrained(output / "tokenizer")
+    (output / "recipe.toml").write_text(to_toml(settings), encoding="utf-8")

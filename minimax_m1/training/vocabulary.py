@@ -1,21 +1,51 @@
-"""The small vocabulary of m1-nano: only beginnings of words are merged, so that words are spelled letter by letter."""
+"""The small vocabulary of m1-nano: only beginnings of words are merged, so that words are spelled letter by letter.
+
+Shapes: V tokens of a vocabulary, D hidden.
+"""
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+
+import torch
 
 from minimax_m1.errors import UserError
-from minimax_m1.tasks import NANO_TASKS
+from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.tokenizer.vocabulary import SINGLE_DIGIT_SPLIT, TRAINED_ADDED_TOKENS, build_backend, pre_tokenizer
+from minimax_m1.training.settings import TrainSettings
+from minimax_m1.training.stream import mixture_texts
 
 # Pieces of the chat template that no space precedes, in byte characters (Ċ is a line feed).
 FRAME_PIECES = ("=user", "=assistant", "user", "ai", "think", "</", ">Ċ")
+VOCABULARY_RECORDS = 20_000  # records of the mixture that a vocabulary is built from
 
 
-def train_prefix_tokenizer(texts: Iterable[str], vocab_size: int) -> MiniMaxM1Tokenizer:
+def build_tokenizer(settings: TrainSettings) -> MiniMaxM1Tokenizer:
+    """Return the vocabulary of an earlier run in output, so that a mixture may change on resuming, or build it.
+
+    It is init's, extended where vocab_size says so, or one built from the mixture; the same settings always give the
+    same one.
+
+    Raises:
+        UserError: there is neither init nor a vocab_size.
+    """
+    folder = settings.output / "tokenizer"
+    if settings.resume and folder.is_dir():
+        return MiniMaxM1Tokenizer.from_pretrained(folder)
+    if settings.init is None and not settings.vocab_size:
+        raise UserError("vocab_size: 0 cannot be used without init; accepted: the size of the vocabulary to build")
+    base = None if settings.init is None else MiniMaxM1Tokenizer.from_pretrained(settings.init)
+    if base is not None and not settings.vocab_size:
+        return base
+    texts = mixture_texts(settings, VOCABULARY_RECORDS, settings.seed)
+    return train_prefix_tokenizer(texts, settings.vocab_size, base)
+
+
+def train_prefix_tokenizer(
+    texts: Iterable[str], vocab_size: int, base: MiniMaxM1Tokenizer | None = None
+) -> MiniMaxM1Tokenizer:
     """Build a byte-level BPE whose merges are the most frequent beginnings of the words of `texts`.
 
     Ordinary BPE would cut "strawberry" into pieces whose letters the model cannot see and would have to learn by
@@ -23,29 +53,61 @@ def train_prefix_tokenizer(texts: Iterable[str], vocab_size: int) -> MiniMaxM1To
     so the inside of a word stays single letters, while the wording of the tasks is still one token a word. Merging a
     beginning saves one token at each occurrence, so the most frequent beginnings are the best choice of that kind.
 
+    Args:
+        base: a vocabulary to extend: its merges come first, and its added tokens last.
+
     Raises:
-        UserError: vocab_size leaves no room for the bytes and the special tokens.
+        UserError: vocab_size leaves no room for the bytes and the special tokens, or for what base has; or base cuts
+            its texts in another way, so that new merges would not mean the same.
     """
-    num_merges = vocab_size - 256 - len(TRAINED_ADDED_TOKENS)
-    if num_merges < 0:
-        raise UserError(f"vocab_size: {vocab_size} cannot be used; accepted: {256 + len(TRAINED_ADDED_TOKENS)} or more")
+    if base is not None and base.split_patterns != [SINGLE_DIGIT_SPLIT]:
+        raise UserError("vocab_size: only a vocabulary that was built here can be extended; accepted: 0 with this init")
+    known = [] if base is None else base.merges
+    added = TRAINED_ADDED_TOKENS if base is None else tuple(base.added_tokens)
+    least = 256 + len(known) + len(added)
+    if vocab_size < least:
+        raise UserError(f"vocab_size: {vocab_size} cannot be used; accepted: {least} or more")
     beginnings = _count_beginnings(texts)
     # Every letter after a space first, so that merges run from the left; pieces without a space before them last.
     first = [f"Ġ{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
     last = list(dict.fromkeys(piece[:end] for piece in FRAME_PIECES for end in range(2, len(piece) + 1)))
-    frequent = [text for text, _ in beginnings.most_common() if text not in first and text not in last]
-    kept = (first + frequent[: max(0, num_merges - len(first) - len(last))] + last)[:num_merges]
-    backend = build_backend([(text[:-1], text[-1]) for text in kept], SINGLE_DIGIT_SPLIT)
+    taken = {left + right for left, right in known}
+    first, last = ([text for text in texts if text not in taken] for texts in (first, last))
+    taken |= {*first, *last}
+    frequent = [text for text, _ in beginnings.most_common() if text not in taken]
+    room = vocab_size - least
+    kept = (first + frequent[: max(0, room - len(first) - len(last))] + last)[:room]
+    backend = build_backend([*known, *((text[:-1], text[-1]) for text in kept)], SINGLE_DIGIT_SPLIT)
     size = backend.get_vocab_size()
-    return MiniMaxM1Tokenizer(backend, {token: size + offset for offset, token in enumerate(TRAINED_ADDED_TOKENS)})
+    settings = {"thinking_close": "\n</think>\n"} if base is None else base.settings
+    return MiniMaxM1Tokenizer(backend, {token: size + offset for offset, token in enumerate(added)}, settings)
 
 
-def mixture_texts(mixture: Mapping[str, float], count: int, seed: int) -> Iterator[str]:
-    """Yield `count` training problems of a mixture as they stand in a chat."""
-    rng = random.Random(f"vocabulary:{seed}")
-    for family in rng.choices(list(mixture), weights=list(mixture.values()), k=count):
-        problem = NANO_TASKS[family].sample(rng, "train")
-        yield f"user name=user\n{problem.prompt}\nai name=assistant\n{problem.response}"
+@torch.no_grad()
+def extend_embeddings(
+    model: MiniMaxM1ForCausalLM, old: MiniMaxM1Tokenizer, new: MiniMaxM1Tokenizer
+) -> MiniMaxM1ForCausalLM:
+    """Return the model with rows for the tokens of `new`; the same model where the vocabularies are the same.
+
+    Known tokens keep their rows. A new one begins in the embedding as the mean of the pieces it used to be, and in the
+    head as the first of them: that is what the model predicts where the new token now stands.
+    """
+    vocab = new.get_vocab()
+    if vocab == old.get_vocab():
+        return model
+    ids = {"bos_token_id": new.bos_token_id, "eos_token_id": new.eos_token_id, "pad_token_id": new.pad_token_id}
+    grown = MiniMaxM1ForCausalLM(model.config.replace(vocab_size=len(new), **ids))
+    known = old.get_vocab()
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    state = dict(model.state_dict())
+    state["model.embed_tokens.weight"] = embedding.new_empty(len(new), embedding.shape[1])
+    state["lm_head.weight"] = head.new_empty(len(new), head.shape[1])
+    for token, row in vocab.items():
+        pieces = [known[token]] if token in known else old.encode(new.decode([row]))
+        state["model.embed_tokens.weight"][row] = embedding[pieces].mean(0)
+        state["lm_head.weight"][row] = head[pieces[0]]
+    grown.load_state_dict(state)
+    return grown
 
 
 def _count_beginnings(texts: Iterable[str]) -> Counter[str]:
