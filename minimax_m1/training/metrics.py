@@ -66,7 +66,7 @@ class RunLog:
             _summary_writer()  # better said before a model is built
         self.output, self.total_steps, self.resume_step = output, total_steps, resume_step
         self.step = resume_step
-        self.latest: dict[str, Any] = {}  # key -> its last value, "solved" as (step, shares)
+        self.latest: dict[str, Any] = {}  # as `draw` takes it
         self._is_main, self._tensorboard = is_main, tensorboard
         self._file = -1
         self._writer: Any = None
@@ -86,11 +86,12 @@ class RunLog:
         path = self.output / "metrics.jsonl"
         try:
             drop_lines_after(path, self.resume_step)
+            if self._tensorboard:
+                self._writer = _summary_writer()(self.output / "tensorboard", purge_step=self.resume_step + 1)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"output: cannot write {path}: {error.strerror}; a folder with room is needed") from None
-        if self._tensorboard:
-            self._writer = _summary_writer()(self.output / "tensorboard", purge_step=self.resume_step + 1)
+            name = error.filename or path
+            raise UserError(f"output: cannot write {name}: {error.strerror}; a folder with room is needed") from None
         self._started = time.monotonic()
         if sys.stderr.isatty():
             self._start_display()
@@ -145,7 +146,9 @@ class RunLog:
         for key in ("solved", "eval_loss"):
             if values.get(key):
                 self.latest[key] = (values["step"], values[key])
-        self.latest |= {key: value for key, value in values.items() if key not in ("solved", "eval_loss")}
+        if "event" in values:
+            self.latest["event"] = f"step {values['step']:,}: {values['event']}"
+        self.latest |= {key: value for key, value in values.items() if key not in ("solved", "eval_loss", "event")}
         if self._writer is not None:
             self._to_tensorboard(lambda: _write_scalars(self._writer, values))
 
@@ -192,7 +195,7 @@ def draw(step: int, total: int, seconds_left: float | None, latest: dict[str, An
     Args:
         step: steps that are done, of `total`.
         seconds_left: until the end of the run; None: not known yet.
-        latest: the last value of every metric; "solved" and "eval_loss" with the step they are of.
+        latest: the last value of every metric; "solved" and "eval_loss" as (step, values), "event" as it reads.
     """
     from rich.columns import Columns
     from rich.console import Group
