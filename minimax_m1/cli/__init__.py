@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from minimax_m1 import __version__
-from minimax_m1.cli.data import DataSettings
 from minimax_m1.cli.recipe import Recipe, check_values
 from minimax_m1.errors import UserError
 from minimax_m1.settings import (
@@ -84,11 +83,16 @@ def train(*, settings: Annotated[TrainSettings, Fields] = TrainSettings()) -> No
 
 
 @app.command
-def data(*, settings: Annotated[DataSettings, Fields] = DataSettings()) -> None:
+def data(
+    *,
+    count: Annotated[int, Parameter(help="samples to show")] = 3,
+    statistics: Annotated[int, Parameter(help="samples that the statistics are of; 0: none")] = 1000,
+    settings: Annotated[TrainSettings, Fields] = TrainSettings(),
+) -> None:
     """Show the data of a training recipe as the model will see them: what is learned, shares, lengths, packing."""
     from minimax_m1.cli.data import show_data
 
-    show_data(settings)
+    show_data(settings, count, statistics)
 
 
 @app.command

@@ -8,13 +8,11 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minimax_m1.cli.terminal import can_dim
 from minimax_m1.errors import UserError
 from minimax_m1.progress import progress_bar
-from minimax_m1.settings import option
 from minimax_m1.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -26,22 +24,13 @@ SHOWN_TOKENS = 1500  # of the beginning and of the end of a sample that is longe
 QUANTILES = {"shortest": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(TrainSettings):
-    """Options of `minimax-m1 data`: those of `train`, so that a recipe for the one is a recipe for the other."""
-
-    count: int = option(3, "samples to show")
-    statistics: int = option(1000, "samples that the statistics are of; 0: none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("count", "statistics"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} cannot be used; accepted: a whole number from 0")
-
-
-def show_data(settings: DataSettings) -> None:
+def show_data(settings: TrainSettings, count: int, statistics: int) -> None:
     """Print samples of the first slot in the order in which they are drawn, and statistics.
+
+    Args:
+        settings: those of a training run.
+        count: samples to show.
+        statistics: samples that the statistics are of; 0: none.
 
     Raises:
         UserError: settings or data that training would refuse as well.
@@ -49,20 +38,23 @@ def show_data(settings: DataSettings) -> None:
     from minimax_m1.training.stream import SampleStream
     from minimax_m1.training.vocabulary import build_tokenizer
 
+    for name, value in (("count", count), ("statistics", statistics)):
+        if value < 0:
+            raise UserError(f"{name}: {value} cannot be used; accepted: a whole number from 0")
     tokenizer = build_tokenizer(settings)
     stream = SampleStream(settings, tokenizer, 0, settings.window[0])
-    for number in range(1, settings.count + 1):
+    for number in range(1, count + 1):
         drawn = stream.draw()
         tokens, learned = len(drawn.sample.ids), sum(drawn.sample.learned[1:])
         print(f"sample {number}: {drawn.source}, {tokens:,} tokens, the loss falls on {learned:,}")
         _print_sample(tokenizer, drawn.sample)
         print()
-    if settings.statistics:
+    if statistics:
         stream = SampleStream(settings, tokenizer, 0, settings.window[0])
-        print("\n".join(statistics(stream, settings.statistics)))
+        print("\n".join(measured(stream, statistics)))
 
 
-def statistics(stream: SampleStream, count: int) -> Iterator[str]:
+def measured(stream: SampleStream, count: int) -> Iterator[str]:
     """Draw `count` samples and yield the lines of a table: sources, lengths, packing, what was left out."""
     from minimax_m1.training import packing
 
@@ -81,11 +73,9 @@ def statistics(stream: SampleStream, count: int) -> Iterator[str]:
     places = {name: ordered[round(share * (count - 1))] for name, share in QUANTILES.items()}
     yield "length        " + ", ".join(f"{name} {length:,}" for name, length in places.items()) + " tokens"
     budget = stream.settings.tokens_per_batch
-    yield (
-        f"packing       best fit fills {packing.best_fit_efficiency(lengths, budget):.1%} of {budget:,} tokens a batch; "
-        f"in order {packing.in_order_efficiency(lengths, budget):.1%}; "
-        f"of batches padded to their longest, {packing.padded_efficiency(lengths, budget):.1%} would be tokens"
-    )
+    yield f"packing       {packing.best_fit_efficiency(lengths, budget):.1%} of {budget:,} tokens a batch, by best fit"
+    yield f"              {packing.in_order_efficiency(lengths, budget):.1%} of them, with samples in order"
+    yield f"              {packing.padded_efficiency(lengths, budget):.1%} of what is run, padded to a batch's longest"
     for note, times in stream.notes.most_common():
         yield f"{note.split(': ')[0]:<13} {times:,} {'record' if times == 1 else 'records'}: {note.split(': ', 1)[1]}"
 

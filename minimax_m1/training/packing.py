@@ -51,7 +51,7 @@ def next_batch(lengths: Sequence[int], budget: int) -> list[int]:
 
 def best_fit_efficiency(lengths: Sequence[int], budget: int) -> float:
     """Return the share of the budget that is filled as long as there is enough to choose from."""
-    waiting, filled = list(lengths), []
+    waiting, filled = list(lengths), list[int]()
     while len(waiting) >= needed(waiting, budget) or (waiting and not filled):
         taken = set(next_batch(waiting, budget))
         filled.append(sum(waiting[i] for i in taken))
