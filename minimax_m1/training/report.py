@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -222,11 +223,17 @@ def plot(ax: Axes, steps: Array, values: Array, **style: Any) -> None:
     ax.plot(steps[keep], values[keep], **{"linewidth": 1.6, **marker, **style})
 
 
-def finish(ax: Axes, label: str, *, log: bool = False, percent: bool = False, legend: bool = True) -> None:
+def plot_smoothed(ax: Axes, steps: Array, values: Array, label: str | None = None) -> None:
+    """Draw a curve as it is, pale, and its moving average over it."""
+    plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
+    plot(ax, steps, smooth(values), color=LIGHT["blue"], label=label)
+
+
+def finish(ax: Axes, label: str, *, log: bool = False, percent: bool = False) -> None:
     """Name the axis of values, with its unit, and choose its scale."""
     from matplotlib.ticker import PercentFormatter
 
-    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines]
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines if line.get_transform() == ax.transData]
     values = np.concatenate([ys[np.isfinite(ys)] for ys in drawn] or [np.zeros(0)])
     positive = values[values > 0]
     if log and len(positive) and positive.max() > 3 * positive.min():
@@ -236,7 +243,7 @@ def finish(ax: Axes, label: str, *, log: bool = False, percent: bool = False, le
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel(label)
     ax.grid(axis="y", color=LIGHT["line"], linewidth=0.7)
-    if legend and len(ax.get_legend_handles_labels()[1]) > 0:
+    if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8, labelcolor=LIGHT["text"])
 
 
@@ -268,7 +275,7 @@ def mark_stages(ax: Axes, run: Run) -> None:
 
 
 def heat_map(ax: Axes, rows: list[str], columns: Array, values: Array, label: str, **scale: Any) -> None:
-    """Draw values [rows, columns], the first row on top; `columns` are the steps, or where the first is 0, indices."""
+    """Draw values [rows, columns], the first row on top; `columns` says where each column begins."""
     keep = thin(len(columns), MAX_COLUMNS)
     columns, values = columns[keep], values[:, keep]
     width = np.diff(columns)
@@ -281,12 +288,13 @@ def heat_map(ax: Axes, rows: list[str], columns: Array, values: Array, label: st
         rasterized=True,
         **scale,
     )
-    ax.figure.set_figheight(min(6.0, max(2.9, 0.16 * len(rows) + 0.6)))  # room for 30 names, then every other, …
+    figure: Any = ax.figure
+    figure.set_figheight(min(6.0, max(2.9, 0.16 * len(rows) + 0.6)))  # room for 30 names, then every other, …
     every = math.ceil(len(rows) / 34)
     ax.set_yticks(np.arange(len(rows))[::every] + 0.5, rows[::every])
     ax.invert_yaxis()
     ax.tick_params(length=0)
-    bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
+    bar = figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
     if "norm" in scale:
         scale_numbers(bar.ax)
     bar.outline.set_visible(False)
@@ -296,8 +304,7 @@ def draw_loss(ax: Axes, run: Run) -> str:
     steps, values = series(run.metrics, "loss")
     if not len(steps):
         return ""
-    plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
-    plot(ax, steps, smooth(values), color=LIGHT["blue"], label="training, smoothed")
+    plot_smoothed(ax, steps, values, "training, smoothed")
     last = []
     for i, name in enumerate(parts(run.evaluations, "eval_loss")):
         at, losses = series(run.evaluations, "eval_loss", name)
@@ -312,8 +319,7 @@ def draw_accuracy(ax: Axes, run: Run) -> str:
     steps, values = series(run.metrics, "token_accuracy")
     if not len(steps):
         return ""
-    plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
-    plot(ax, steps, smooth(values), color=LIGHT["blue"], label="learned tokens, smoothed")
+    plot_smoothed(ax, steps, values, "learned tokens, smoothed")
     at, solved = mean_of(run, "solved")
     if len(at):
         plot(ax, at, solved, **LINES[1], label="unseen problems solved, mean of families", marker="o", markersize=3)
@@ -332,18 +338,23 @@ def draw_families(ax: Axes, run: Run) -> str:
 
 
 def draw_lr(ax: Axes, run: Run) -> str:
-    text = draw_one(ax, run, "lr", "learning rate", smoothed=False, bottom=0)
+    steps, values = series(run.metrics, "lr")
+    if not np.isfinite(values).any():
+        return ""
+    plot(ax, steps, values, **LINES[0])
+    finish(ax, "learning rate")
+    ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:g}")
-    return text
+    return f"Learning rate, last {_last(values, '.3g')}, highest {_highest(values)}"
 
 
 def draw_grad_norm(ax: Axes, run: Run) -> str:
     steps, values = series(run.metrics, "grad_norm")
     if not len(steps):
         return ""
-    plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
-    plot(ax, steps, smooth(values), color=LIGHT["blue"])
-    if _is_number(limit := run.recipe.get("max_grad_norm")):
+    plot_smoothed(ax, steps, values)
+    limit = run.recipe.get("max_grad_norm")
+    if _is_number(limit) and np.any(values > limit):
         ax.axhline(limit, color=LIGHT["muted"], linewidth=0.8, linestyle="--", label="clipped to")
     if run.events:
         at = [event["step"] for event in run.events]
@@ -382,16 +393,14 @@ def draw_grad_norm_by_layer(ax: Axes, run: Run) -> str:
         "gradient norm",
         norm=LogNorm(low, max(high, low * 1.01)),
     )
-    return "Gradient norm by layer and step, from " + f"{low:.2g} to {high:.2g}"
+    return f"Gradient norm by layer and step, from {low:.2g} to {high:.2g}"
 
 
 def draw_expert_load(ax: Axes, run: Run) -> str:
     loads = [line["expert_load"] for line in run.metrics if isinstance(line.get("expert_load"), list)]
     layers = [layer for layer in loads[-1] if isinstance(layer, list)] if loads else []
-    if not layers:
-        return ""
-    most = max(map(len, layers))
-    if not most:
+    most = max(map(len, layers), default=0)
+    if most == 0:
         return ""
     values = np.array(
         [[_float(share) * len(layer) for share in layer] + [math.nan] * (most - len(layer)) for layer in layers]
@@ -439,22 +448,20 @@ def draw_packing(ax: Axes, run: Run) -> str:
     return draw_one(ax, run, "packing", "share of the token budget filled", percent=True)
 
 
-def draw_one(
-    ax: Axes, run: Run, key: str, label: str, *, smoothed: bool = True, bottom: float | None = None, **scale: bool
-) -> str:
+def draw_one(ax: Axes, run: Run, key: str, label: str, *, bottom: float | None = None, percent: bool = False) -> str:
     """Draw one number of the metrics over the steps."""
     steps, values = series(run.metrics, key)
     if not np.isfinite(values).any():
         return ""
-    if smoothed:
-        plot(ax, steps, values, color=LIGHT["blue"], alpha=0.3, linewidth=0.8)
-    plot(ax, steps, smooth(values) if smoothed else values, color=LIGHT["blue"])
-    finish(ax, label, **scale)
+    plot_smoothed(ax, steps, values)
+    finish(ax, label, percent=percent)
     ax.set_ylim(bottom=bottom)
     return f"{label.capitalize()}, last {_last(values, '.4g')}"
 
 
-def compare(ax: Axes, runs: list[Run], curve: Callable[[Run], tuple[Array, Array]], label: str, **scale: bool) -> str:
+def compare(
+    ax: Axes, runs: list[Run], curve: Callable[[Run], tuple[Array, Array]], *, label: str, **scale: bool
+) -> str:
     """Draw the same curve of every run that has it."""
     texts = []
     for i, run in enumerate(runs):
@@ -467,17 +474,28 @@ def compare(ax: Axes, runs: list[Run], curve: Callable[[Run], tuple[Array, Array
     return f"{label.capitalize()} of each run, last: {'; '.join(texts)}" if texts else ""
 
 
-def smoothed(run: Run, key: str) -> tuple[Array, Array]:
-    """Return a curve of the metrics, smoothed."""
-    steps, values = series(run.metrics, key)
-    return steps, smooth(values)
+def compare_over_tokens(ax: Axes, runs: list[Run]) -> str:
+    from matplotlib.ticker import EngFormatter
+
+    def curve(run: Run) -> tuple[Array, Array]:
+        lines = [line for line in run.metrics if _is_number(line.get("tokens")) and "loss" in line]
+        return np.array([line["tokens"] for line in lines], dtype=float), smooth(series(lines, "loss")[1])
+
+    ax.set_xlabel("tokens seen")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return compare(ax, runs, curve, label=LOSS, log=True)
 
 
-def over_tokens(run: Run) -> tuple[Array, Array]:
-    """Return the smoothed loss over the tokens seen."""
-    _, tokens = series([line for line in run.metrics if "loss" in line], "tokens")
-    steps, loss = smoothed(run, "loss")
-    return (tokens, loss) if len(tokens) == len(steps) else (tokens[:0], loss[:0])
+def compare_smoothed(ax: Axes, runs: list[Run], key: str, **axis: Any) -> str:
+    def curve(run: Run) -> tuple[Array, Array]:
+        steps, values = series(run.metrics, key)
+        return steps, smooth(values)
+
+    return compare(ax, runs, curve, **axis)
+
+
+def compare_evaluations(ax: Axes, runs: list[Run], key: str, **axis: Any) -> str:
+    return compare(ax, runs, lambda run: mean_of(run, key), **axis)
 
 
 def mean_of(run: Run, key: str) -> tuple[Array, Array]:
@@ -485,12 +503,6 @@ def mean_of(run: Run, key: str) -> tuple[Array, Array]:
     lines = [line for line in run.evaluations if isinstance(line.get(key), dict) and line[key]]
     means = [np.mean([_float(value) for value in line[key].values()]) for line in lines]
     return np.array([line["step"] for line in lines], dtype=float), np.array(means, dtype=float)
-
-
-def draw_loss_over_tokens(ax: Axes, runs: list[Run]) -> str:
-    text = compare(ax, runs, over_tokens, LOSS, log=True)
-    ax.set_xlabel("tokens seen")
-    return text.replace("Loss", "Loss over tokens", 1)
 
 
 FIGURES: Figures = {
@@ -507,28 +519,19 @@ FIGURES: Figures = {
     "packing": ("Packing efficiency", draw_packing),
 }
 COMPARISONS: Figures = {
-    "loss": ("Loss", lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "loss"), LOSS, log=True)),
-    "loss-over-tokens": ("Loss over tokens", draw_loss_over_tokens),
+    "loss": ("Loss", partial(compare_smoothed, key="loss", label=LOSS, log=True)),
+    "loss-over-tokens": ("Loss over tokens", compare_over_tokens),
     "eval-loss": (
         "Evaluation loss, mean of files",
-        lambda ax, runs: compare(ax, runs, lambda r: mean_of(r, "eval_loss"), LOSS, log=True),
+        partial(compare_evaluations, key="eval_loss", label=LOSS, log=True),
     ),
-    "token-accuracy": (
-        "Token accuracy",
-        lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "token_accuracy"), "accuracy", percent=True),
-    ),
+    "accuracy": ("Accuracy", partial(compare_smoothed, key="token_accuracy", label="token accuracy", percent=True)),
     "solved": (
         "Unseen problems solved, mean of families",
-        lambda ax, runs: compare(ax, runs, lambda r: mean_of(r, "solved"), "share solved", percent=True),
+        partial(compare_evaluations, key="solved", label="share solved", percent=True),
     ),
-    "gradient-norm": (
-        "Gradient norm",
-        lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "grad_norm"), "gradient norm", log=True),
-    ),
-    "speed": (
-        "Speed",
-        lambda ax, runs: compare(ax, runs, lambda r: smoothed(r, "tokens_per_second"), "tokens per second"),
-    ),
+    "gradient-norm": ("Gradient norm", partial(compare_smoothed, key="grad_norm", label="gradient norm", log=True)),
+    "speed": ("Speed", partial(compare_smoothed, key="tokens_per_second", label="tokens per second")),
 }
 
 
@@ -556,7 +559,7 @@ def draw_figures(figures: Figures, drawn: Run | list[Run], folder: Path) -> list
             ax = figure.subplots()
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-            ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep="") if "tokens" in name else "{x:,.0f}")
+            ax.xaxis.set_major_formatter("{x:,.0f}")
             alt = draw(ax, drawn)
             if not alt:
                 continue
@@ -604,7 +607,7 @@ def facts(run: Run) -> dict[str, str]:
     last = run.metrics[-1] if run.metrics else {}
     seconds = float(np.nansum(series(run.metrics, "seconds")[1]))
     tokens = last.get("tokens")
-    _, loss = smoothed(run, "loss")
+    loss = smooth(series(run.metrics, "loss")[1])
     _, solved = mean_of(run, "solved")
     _, speeds = series(run.metrics, "tokens_per_second")
     _, mfu = series(run.metrics, "mfu")
@@ -695,8 +698,8 @@ def _short(number: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    hours, minutes = divmod(seconds / 60, 60)
-    return f"{hours:.0f} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
 
 
 # -- the page -------------------------------------------------------------------------------------------------------
