@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
@@ -50,7 +50,8 @@ class Checkpoints:
     plain tensors or DTensors, in whatever division; values that JSON can hold; and this rank's slots.
 
     One save at a time is written by a thread, which talks with those of the other ranks through a process group of its
-    own. All threads of a save end in the same way, because each of its parts ends with an exchange of errors.
+    own. All threads of a save end in the same way, because each of its parts ends with an exchange of errors. Leaving
+    the `with` block waits for it, also when a run has failed: nothing else may destroy the process group meanwhile.
     """
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
@@ -59,7 +60,10 @@ class Checkpoints:
         self.saving_group = dist.new_group(backend="gloo") if several else None
         self.polling_group = dist.new_group(backend="gloo") if several else None
         cuda = world.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # keeps its memory for the next save
+        options = StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+        self.stager = DefaultStager(options)  # keeps its memory, one copy of the state, for the next save
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Future[None] | None = None
         if world.is_main:
@@ -124,6 +128,17 @@ class Checkpoints:
         folder = path_of(self.folder, step)
         _together(lambda: _load_documents(folder, state), self.saving_group)
         _load_tensors(folder, _flat_tensors(state), self.saving_group)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Wait for the save in flight; a run that ends by an error ends by that one."""
+        try:
+            self.wait()
+        except SaveError:
+            if kind is None:
+                raise
 
     def _write(self, step: int, tensors: dict[str, Tensor], progress: str, slots: str) -> None:
         """Write one checkpoint and drop the oldest: what the thread does."""
@@ -221,7 +236,7 @@ def _load_documents(folder: Path, state: dict[str, Any]) -> None:
     progress = read_progress(folder)
     try:
         slots = json.loads((folder / SLOTS_FILE).read_text(encoding="utf-8"))
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        metadata = _Reader(folder).read_metadata()
     except (OSError, ValueError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError) as error:
         raise _damaged(folder, _reason(error)) from None
     _check_tensors(folder, metadata, state)
@@ -260,7 +275,7 @@ def _check_tensors(folder: Path, metadata: Metadata, state: dict[str, Any]) -> N
 def _load_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     if not tensors:
         return
-    reader = dcp.FileSystemReader(folder)
+    reader = _Reader(folder)
     try:
         dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -270,11 +285,36 @@ def _load_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, whose errors can be sent to other ranks without losing what the operating system said."""
 
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # not where it was written: a path of Python 3.13 cannot be read by an older one
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:  # torch.save's, when it could not write
             raise OSError(_reason(error)) from None
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader; a checkpoint can make it do nothing but read."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes only what DCP's metadata are made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        of_dcp = module == "torch.distributed.checkpoint.metadata" and not name.startswith("__")
+        known = (("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"))
+        if is_type or of_dcp or (module, name) in known:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its .metadata holds {module}.{name}, which no checkpoint does")
 
 
 def _together(do: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:

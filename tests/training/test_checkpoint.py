@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 
 from minimax_m1.errors import UserError
 from minimax_m1.training.checkpoint import Checkpoints, SaveError, list_steps, path_of
+from minimax_m1.training.parallel import World
 
 # Said at every save and load in one process; pytest undoes our filter.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-ONE_PROCESS: Any = SimpleNamespace(rank=0, size=1, is_main=True, device=torch.device("cpu"))
+ONE_PROCESS = World(0, 1, torch.device("cpu"), None, 0, 1, 0, 1, None)
 
 
 def make_state(step: int) -> dict[str, Any]:
@@ -125,13 +127,36 @@ def test_damage_is_one_clear_line(tmp_path: Path, name: str, damage: str) -> Non
     assert_same(loaded, make_state(1))
 
 
-def test_metadata_with_other_contents_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contents", [bytes(20), pickle.dumps(os.system), pickle.dumps(torch.load), b"garbage"])
+def test_metadata_with_other_contents_is_damage_and_runs_nothing(tmp_path: Path, contents: bytes) -> None:
     checkpoints = Checkpoints(tmp_path, 2, ONE_PROCESS)
     save(checkpoints, 1)
-    path = path_of(tmp_path, 1) / ".metadata"
-    path.write_bytes(bytes(path.stat().st_size))
+    folder = path_of(tmp_path, 1)
+    (folder / ".metadata").write_bytes(contents)
+    about = json.loads((folder / "progress.json").read_text())
+    about["files"][".metadata"] = len(contents)
+    (folder / "progress.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="remove it to resume"):
         checkpoints.load(1, empty_state())
+
+
+def test_no_path_of_the_machine_is_written(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, 2, ONE_PROCESS), 1)
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in path_of(tmp_path, 1).iterdir())
+
+
+def test_leaving_waits_and_keeps_the_error_that_there_is(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, 2, ONE_PROCESS) as checkpoints:
+        checkpoints.save(1, make_state(1))
+    assert list_steps(tmp_path) == [1]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveError), Checkpoints(tmp_path / "file", 2, ONE_PROCESS) as checkpoints:
+        checkpoints.save(1, make_state(1))
+    checkpoints = Checkpoints(tmp_path / "file", 2, ONE_PROCESS)
+    checkpoints.save(1, make_state(1))
+    with pytest.raises(KeyError, match="its own"), checkpoints:
+        raise KeyError("its own")
+    assert checkpoints.saving is None
 
 
 def test_another_network_or_more_slots_do_not_fit(tmp_path: Path) -> None:
@@ -168,10 +193,11 @@ def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_works(tmp_path: 
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import pytest, torch
-from checkpoint_worker import World, limit_files
+from checkpoint_worker import limit_files
 from minimax_m1.training.checkpoint import Checkpoints, SaveError
+from minimax_m1.training.parallel import World
 folder = Path({str(tmp_path)!r})
-checkpoints = Checkpoints(folder, 2, World(0, 1))
+checkpoints = Checkpoints(folder, 2, World(0, 1, torch.device("cpu"), None, 0, 1, 0, 1, None))
 state = {{"model": {{"x": torch.arange(40_000.0)}}}}
 checkpoints.save(1, state)
 checkpoints.wait()
