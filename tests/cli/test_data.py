@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import subprocess
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_samples_with_what_is_learned_in_brackets(run, recipe, tmp_path: Path) -
 
 
 def test_statistics(run, recipe, tmp_path: Path) -> None:
-    texts = [json.dumps({"text": "pear " * n}) for n in range(1, 200)]
+    texts = [json.dumps({"text": "pear " * n}) for n in range(1, 300, 6)]  # of which some are above the window
     (tmp_path / "a.jsonl").write_text("\n".join([*texts, "{", '{"text": ""}']))
     (tmp_path / "b.txt").write_text("plum " * 30)
     path = recipe({tmp_path / "a.jsonl": 3.0, tmp_path / "b.txt": 1.0}, 'bad_records = "skip"')
@@ -59,7 +59,7 @@ def test_statistics(run, recipe, tmp_path: Path) -> None:
     assert sum(int(samples) for _, _, samples, _, _ in rows) == 300
     efficiencies = [float(x) for x in re.findall(r"([\d.]+)% of (?:300 tokens|them, with|what is run)", outcome.out)]
     assert len(efficiencies) == 3
-    assert 95 < efficiencies[0] <= 100 and efficiencies == sorted(efficiencies, reverse=True)
+    assert 95 < efficiencies[0] <= 100 and efficiencies[0] == max(efficiencies)
     assert re.search(r"^cut +\d+ records?: text longer than the window$", outcome.out, re.MULTILINE)
     assert re.search(r"^skipped +\d+ records?: broken JSON$", outcome.out, re.MULTILINE)
 
@@ -90,29 +90,27 @@ def test_a_very_long_sample_loses_its_middle(run, recipe, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 @pytest.mark.parametrize("no_color", [False, True])
-def test_the_loss_in_colour_on_a_terminal(recipe, tmp_path: Path, no_color: bool) -> None:
+def test_the_loss_in_colour_on_a_terminal(run, recipe, tmp_path: Path, monkeypatch, no_color: bool) -> None:
     import pty
 
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT}))
     path = recipe({tmp_path / "chat.jsonl": 1.0})
-    arguments = [sys.executable, "-m", "minimax_m1", "data", "--config", str(path), "--count", "1", "--statistics", "0"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLORTERM")}
-    environment |= {"TERM": "xterm"} | ({"NO_COLOR": "1"} if no_color else {})
-    terminal, ours = pty.openpty()
-    with subprocess.Popen(arguments, stdout=ours, stderr=subprocess.STDOUT, env=environment) as process:
-        os.close(ours)
-        shown = b""
-        try:
-            while piece := os.read(terminal, 4096):
-                shown += piece
-        except OSError:  # Linux says so when the other end is closed
-            pass
-        assert process.wait() == 0
-    os.close(terminal)
-    text = shown.decode().replace("\r\n", "\n")
-    assert ("\x1b[" in text) != no_color
+    for name in ("NO_COLOR", "COLORTERM", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     if no_color:
-        assert "[[<think>\ntwo and two\n</think>\n4<end_of_sentence>]]" in text
+        monkeypatch.setenv("NO_COLOR", "1")
+    reading, writing = pty.openpty()
+    with os.fdopen(writing, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert run("data", "--config", path, "--count", "1", "--statistics", "0").status == 0
+        terminal.flush()
+        shown = b""
+        while select.select([reading], [], [], 0.5)[0]:
+            shown += os.read(reading, 4096)
+    text = shown.decode().replace("\r\n", "\n")
+    os.close(reading)
+    if no_color:
+        assert "[[<think>\ntwo and two\n</think>\n4<end_of_sentence>]]" in text and "\x1b[" not in text
     else:
-        assert "\x1b[32m<think>" in text and "\x1b[1;32m<end_of_sentence>" in text
-        assert "[[" not in text
+        assert "\x1b[32m<think>" in text and "\x1b[1;32m<end_of_sentence>" in text and "[[" not in text
