@@ -55,7 +55,8 @@ class RunLog:
         Args:
             output: the run's folder, which exists.
             total_steps: of the whole run, for the time that is left.
-            resume_step: steps that are done; lines beyond them are dropped, for they will be written again. 0: all.
+            resume_step: steps that are done; lines beyond them are dropped, for they will be written again, and those
+                of samples.jsonl, too. 0: all.
             tensorboard: write events into output/tensorboard as well.
             is_main: this rank is the one that writes.
 
@@ -85,7 +86,8 @@ class RunLog:
             return self
         path = self.output / "metrics.jsonl"
         try:
-            drop_lines_after(path, self.resume_step)
+            for lines in (path, self.output / "samples.jsonl"):
+                drop_lines_after(lines, self.resume_step)
             if self._tensorboard:
                 self._writer = _summary_writer()(self.output / "tensorboard", purge_step=self.resume_step + 1)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

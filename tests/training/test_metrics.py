@@ -73,11 +73,14 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
             log.write({"step": step, "loss": 0.1 * step})
     before = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(before) + b'{"step": 40, "lo')  # kill -9
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"step": 20, "text": "kept"}\n{"step": 30, "text": "said again"}\n')
     with open_log(tmp_path, resume_step=20) as log:
         assert path.read_bytes() == b"".join(before[:2])
         log.write({"step": 30, "loss": 7.0})
     assert [line["step"] for line in strict_lines(path)] == [10, 20, 30]
-    assert list(tmp_path.iterdir()) == [path]
+    assert [line["text"] for line in strict_lines(samples)] == ["kept"]
+    assert sorted(tmp_path.iterdir()) == [path, samples]
 
 
 def test_a_run_from_the_beginning_has_no_lines_of_another(tmp_path):
