@@ -1,13 +1,13 @@
 """Where a training run fits and what it takes: memory of a rank, layouts of the ranks, time of a step.
 
-A layout is replicas x shards x experts x context, the axes of `minimax-m1 train`, from the outermost to the innermost:
-ranks of one context group are neighbours in a node. Every rank holds its share of parameters, gradients and moments in
-float32; layers are gathered one by one in the dtype of the computation. A micro-batch has tokens_per_batch tokens,
-divided over the context ranks; replicas x shards x experts groups work on different ones.
+A layout is dp_replicate x dp_shard x expert_parallel x context_parallel, the axes of `minimax-m1 train`, from the
+outermost to the innermost: ranks of one context group are neighbours in a node. Every rank holds its share of
+parameters, gradients and moments in float32; at each micro-batch layers are gathered one by one in the dtype of the
+computation, and their gradients reduced. A micro-batch has tokens_per_batch tokens, divided over the context ranks;
+every other rank has its own.
 
-Letters: b bytes of a number in the computation's dtype, h hidden_size, W heads x head_dim, K experts of a token, I an
-expert's width, V vocabulary.
-The model is a stated one, not a simulation: docs/plan.md says what it leaves out.
+Letters: b bytes of a number in the computation's dtype, h hidden_size, W heads x head_dim, K experts of a token.
+It is a stated model, not a simulation: docs/plan.md says what it leaves out.
 """
 
 from __future__ import annotations
@@ -89,6 +89,9 @@ class Workload:
             self.batch_tokens,
             f"at least one sequence ({self.sequence_length:,})",
         )
+        if self.num_gpus > 1 or self.dtype != "float32":  # as `minimax-m1 train` has it
+            for name in ("tie_word_embeddings", "dynamic_gate"):
+                _require(not getattr(self.config, name), name, True, "false, on several GPUs or in bfloat16")
 
     @property
     def memory_limit(self) -> float:
@@ -105,40 +108,41 @@ class Workload:
 class Layout:
     """How many ranks each axis has; the product is the number of GPUs."""
 
-    replicas: int = 1
-    shards: int = 1
-    experts: int = 1
-    context: int = 1
+    dp_replicate: int = 1  # copies of everything
+    dp_shard: int = 1
+    expert_parallel: int = 1
+    context_parallel: int = 1
 
     @property
     def data_ranks(self) -> int:
         """Groups of ranks that work on different micro-batches."""
-        return self.replicas * self.shards * self.experts
+        return self.dp_replicate * self.dp_shard * self.expert_parallel
 
     @property
     def state_ranks(self) -> int:
         """Ranks that parameters, gradients and moments are divided over."""
-        return self.shards * self.experts * self.context
+        return self.dp_shard * self.expert_parallel * self.context_parallel
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its fullest moment, within the backward pass of a layer."""
+    """Bytes of one rank: what it always holds, and what comes on top within a layer's backward pass or at the loss."""
 
     parameters: float  # float32, its share
     moments: float  # AdamW's two, float32, its share
     gradients: float  # float32, its share
-    gathered: float  # whole layers in the dtype of the computation: this one and the next; embedding and head
-    reducing: float  # gradients of one whole layer, as computed and in float32 on their way to their ranks
     activations: float  # what forward keeps for backward
-    workspace: float  # the layer in hand: its activations if they are recomputed, and what its backward makes
-    logits: float  # of a chunk; the head and its gradient in float32
-    exchange: float  # tokens on their way to experts, keys and values and lightning states of other context ranks
+    layer_weights: float  # whole layers in the dtype of the computation: the one in hand and the next
+    layer_gradients: float  # of the whole layer, as computed and in float32 on their way to their ranks
+    layer_workspace: float  # its activations if they are recomputed, and what its backward makes
+    layer_exchange: float  # tokens on their way to experts; keys, values and states of all context ranks
+    loss: float  # instead of the layer's: a chunk of logits; the head, its gradient and a copy in float32
 
     @property
     def total(self) -> float:
-        """The sum."""
-        return sum(dataclasses.astuple(self))
+        """The sum at the fuller of the two moments."""
+        layer = self.layer_weights + self.layer_gradients + self.layer_workspace + self.layer_exchange
+        return self.parameters + self.moments + self.gradients + self.activations + max(layer, self.loss)
 
 
 @dataclass(frozen=True)
@@ -233,20 +237,21 @@ def search(workload: Workload) -> tuple[list[Plan], list[Plan], dict[str, int]]:
 def layouts(num_gpus: int) -> Iterator[Layout]:
     """Yield every layout of so many ranks."""
     divisors = [n for n in range(1, num_gpus + 1) if num_gpus % n == 0]
-    for replicas, shards, experts in itertools.product(divisors, repeat=3):
-        if num_gpus % (replicas * shards * experts) == 0:
-            yield Layout(replicas, shards, experts, num_gpus // (replicas * shards * experts))
+    for replicate, shard, expert in itertools.product(divisors, repeat=3):
+        if num_gpus % (replicate * shard * expert) == 0:
+            yield Layout(replicate, shard, expert, num_gpus // (replicate * shard * expert))
 
 
 def _obstacle(workload: Workload, layout: Layout) -> str | None:
     """Return why a layout makes no sense for the workload, whatever the memory."""
-    num_experts, length = workload.config.num_local_experts, workload.sequence_length
-    if num_experts % layout.experts:
-        return f"experts does not divide the network's {num_experts}"
-    if length % layout.context:
-        return f"context does not divide a sequence of {length:,}"
+    config, length = workload.config, workload.sequence_length
+    if config.num_local_experts % layout.expert_parallel:
+        return f"expert_parallel does not divide the network's {config.num_local_experts}"
+    num_parts = layout.dp_shard * layout.context_parallel
+    if layout.expert_parallel > 1 and (config.hidden_size % num_parts or 2 * config.intermediate_size % num_parts):
+        return "dp_shard x context_parallel does not divide the rows of the experts' matrices"
     if layout.data_ranks * length > workload.batch_tokens:
-        return f"a step of {workload.batch_tokens:,} tokens has too few sequences for replicas x shards x experts"
+        return f"a step of {workload.batch_tokens:,} tokens has too few sequences for its data ranks"
     return None
 
 
@@ -265,32 +270,43 @@ def _plans(workload: Workload, layout: Layout) -> Iterator[Plan]:
 
 
 def rank_memory(workload: Workload, layout: Layout, tokens_per_batch: int, checkpointing: bool) -> Memory:
-    """Return the memory of one rank, experts taken to be evenly used and parameters to divide evenly."""
+    """Return the memory of one rank, experts taken to be evenly used."""
     config, b = workload.config, workload.compute_bytes
-    share = parameters(config) / layout.state_ranks
+    experts = parameter_counts(config)["experts"]
+    share = (parameters(config) - experts) / layout.state_ranks + experts * _expert_share(config, layout)
     layer = max(_layer_parameters(config, layout))
-    ends = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    tokens = -(-tokens_per_batch // layout.context)  # of this rank
+    head = 4 * config.vocab_size * config.hidden_size
+    is_whole = workload.num_gpus == 1 and workload.dtype == "float32"  # then weights are used where they lie
+    tokens = -(-tokens_per_batch // layout.context_parallel)  # of this rank
     kept = [
-        tokens * layer_activation_bytes(config, is_softmax, b, layout)
+        tokens * layer_activation_bytes(config, is_softmax, b, layout) + (0 if is_softmax else _states(config, layout))
         for is_softmax in (False, True)
         for _ in (config.softmax_layers if is_softmax else config.lightning_layers)
     ]
     # embedded tokens; of the final norm its input in float32 and what comes out twice; its gradient, made in forward
     outside = tokens * (4 + 4 * b) * config.hidden_size
-    head = 4 * config.vocab_size * config.hidden_size
-    exchange = _exchange_bytes(workload, layout, tokens_per_batch)
     return Memory(
         parameters=4 * share,
         moments=8 * share,
         gradients=4 * share,
-        gathered=b * (2 * layer + ends),
-        reducing=(b + 4) * layer,
         activations=(tokens * b * config.hidden_size * len(kept) if checkpointing else sum(kept)) + outside,
-        workspace=(max(kept) if checkpointing else 0) + tokens * _backward_bytes(config, b),
-        logits=max(LOSS_CHUNK_BYTES, 4 * MIN_LOSS_CHUNK * config.vocab_size) + 2 * head,
-        exchange=exchange,
+        layer_weights=0 if is_whole else 2 * b * layer,
+        layer_gradients=(b if is_whole else b + 4) * layer,
+        layer_workspace=(max(kept) if checkpointing else 0) + tokens * _backward_bytes(config, b),
+        layer_exchange=_exchange_bytes(workload, layout, tokens_per_batch),
+        loss=max(LOSS_CHUNK_BYTES, 4 * MIN_LOSS_CHUNK * config.vocab_size) + (2 if is_whole else 3) * head,
     )
+
+
+def _expert_share(config: MiniMaxM1Config, layout: Layout) -> float:
+    """Return what part of all experts' parameters a rank holds.
+
+    With an axis of experts their matrices are divided by rows; without, by experts, so that no more ranks than there
+    are experts hold any.
+    """
+    if layout.expert_parallel > 1:
+        return 1 / layout.state_ranks
+    return math.ceil(config.num_local_experts / layout.state_ranks) / config.num_local_experts
 
 
 def layer_activation_bytes(config: MiniMaxM1Config, is_softmax: bool, b: int, layout: Layout) -> float:
@@ -305,12 +321,13 @@ def layer_activation_bytes(config: MiniMaxM1Config, is_softmax: bool, b: int, la
     if is_softmax:
         kv = 2 * config.num_key_value_heads * config.head_dim
         attention: float = (
-            b * (3 * W + layout.context * kv) + 4 * config.num_attention_heads + 2 * b * config.rotary_dim
+            b * (3 * W + layout.context_parallel * kv) + 4 * config.num_attention_heads + 2 * b * config.rotary_dim
         )
-    else:  # q, k, v before and after SiLU; the states; the gated norm, from float32
+    else:  # q, k, v before and after SiLU; the states; the gated norm, from float32; q for the state from other ranks
         attention = 6 * b * W + 4 * W * config.head_dim / LIGHTNING_BLOCK + 4 * W + 4 * b * W + 4
+        attention += 4 * W if layout.context_parallel > 1 else 0
     router = widen * h + 4 * config.num_local_experts + 24 * K + 4
-    moe = 2 * K * b * config.intermediate_size + (2 * K * b * h if layout.experts > 1 else 0)
+    moe = 2 * K * b * config.intermediate_size + (2 * K * b * h if layout.expert_parallel > 1 else 0)
     shared = 4 * b * config.shared_intermediate_size + (2 * b + widen) * h if config.shared_intermediate_size else 0
     return norms + attention + router + moe + shared
 
@@ -329,18 +346,26 @@ def _exchange_bytes(workload: Workload, layout: Layout, tokens_per_batch: int) -
     config, b = workload.config, workload.compute_bytes
     assert config.head_dim is not None
     total = 0.0
-    if layout.experts > 1:  # one buffer to send, one to receive
-        total += 2 * b * config.num_experts_per_tok * config.hidden_size * tokens_per_batch / layout.context
-    if layout.context > 1:  # keys and values of all ranks, their gradients in float32; every rank's state
-        total += (b + 4) * tokens_per_batch * 2 * config.num_key_value_heads * config.head_dim
-        total += layout.context * 4 * _heads_width(config) * config.head_dim
+    if layout.expert_parallel > 1:  # one buffer to send, one to receive
+        total += 2 * b * config.num_experts_per_tok * config.hidden_size * tokens_per_batch / layout.context_parallel
+    if (
+        layout.context_parallel > 1
+    ):  # keys and values of all ranks as they come and end to end; as many gradients; or states
+        kv = 2 * b * tokens_per_batch * 2 * config.num_key_value_heads * config.head_dim
+        total += max(kv if config.softmax_layers else 0, 2 * _states(config, layout))
     return total
 
 
+def _states(config: MiniMaxM1Config, layout: Layout) -> float:
+    """Bytes of all context ranks' states of one lightning layer, float32; 0 if there is one rank."""
+    assert config.head_dim is not None
+    return layout.context_parallel * 4 * _heads_width(config) * config.head_dim if layout.context_parallel > 1 else 0
+
+
 def _layer_parameters(config: MiniMaxM1Config, layout: Layout) -> list[float]:
-    """Return the parameters of a rank's gathered layer, for each kind of layer there is: 1 / experts of the experts."""
+    """Return the parameters of a gathered layer of each kind that there is, with the rank's share of the experts."""
     counts, layers = parameter_counts(config), config.num_hidden_layers
-    common = (counts["router"] + counts["shared_expert"] + counts["experts"] / layout.experts) / layers
+    common = (counts["router"] + counts["shared_expert"] + counts["experts"] / layout.expert_parallel) / layers
     attention = (("lightning_attention", config.lightning_layers), ("softmax_attention", config.softmax_layers))
     return [common + counts[name] / len(of_kind) for name, of_kind in attention if of_kind]
 
@@ -374,7 +399,7 @@ def rank_flops(workload: Workload, layout: Layout, tokens_per_batch: int, checkp
     Context ranks have equal pieces of every sequence, but the tokens of the last piece see most: (2 c - 1) / c of the
     mean, in softmax layers, where a sequence is cut into c pieces.
     """
-    length, context = workload.sequence_length, layout.context
+    length, context = workload.sequence_length, layout.context_parallel
     num_sequences = tokens_per_batch // length
     whole = num_sequences * training_flops(workload.config, [length], recompute=checkpointing)
     scores = flops_by_part(workload.config, length)["softmax_scores"] * num_sequences * (4 if checkpointing else 3)
@@ -385,36 +410,36 @@ def rank_flops(workload: Workload, layout: Layout, tokens_per_batch: int, checkp
 def _gathering_seconds(workload: Workload, layout: Layout) -> float:
     """Seconds of a micro-batch's gathers of all layers, forward and backward, and of its gradients' reduction."""
     config, gpu = workload.config, workload.gpu
-    experts = parameter_counts(config)["experts"] / layout.experts
     others = parameters(config) - parameter_counts(config)["experts"]
     bytes_each = 2 * workload.compute_bytes + 4  # gathered twice, reduced once in float32
-    share = parameters(config) / layout.state_ranks
+    held = _expert_share(config, layout) * parameter_counts(config)["experts"]
+    experts = held * layout.dp_shard * layout.context_parallel  # of a group, with padding where there are too few
+    share = others / layout.state_ranks + held
     return (
-        _gather_seconds(gpu, layout, ("shards", "experts", "context"), bytes_each * others)
-        + _gather_seconds(gpu, layout, ("shards", "context"), bytes_each * experts)
+        _gather_seconds(gpu, layout, ("dp_shard", "expert_parallel", "context_parallel"), bytes_each * others)
+        + _gather_seconds(gpu, layout, ("dp_shard", "context_parallel"), bytes_each * experts)
         # replicas add up their shares of the gradients: reduced and gathered, in float32
-        + _gather_seconds(gpu, layout, ("replicas",), 8 * share)
+        + _gather_seconds(gpu, layout, ("dp_replicate",), 8 * share)
     )
 
 
 def _dispatch_seconds(workload: Workload, layout: Layout, tokens_per_batch: int) -> float:
     """Seconds of sending a micro-batch's tokens to their experts and back, over all layers, once."""
-    config, n = workload.config, layout.experts
-    rows = config.num_experts_per_tok * tokens_per_batch / layout.context
+    config, n = workload.config, layout.expert_parallel
+    rows = config.num_experts_per_tok * tokens_per_batch / layout.context_parallel
     size = 2 * config.num_hidden_layers * rows * config.hidden_size * workload.compute_bytes
-    neighbours = _neighbours(layout, ("experts",))
+    neighbours = _neighbours(layout, ("expert_parallel",))
     near, far = size * (neighbours - 1) / n, size * (n - neighbours) / n
     return max(near / workload.gpu.node_bandwidth, far / workload.gpu.network_bandwidth)
 
 
 def _context_seconds(workload: Workload, layout: Layout, tokens_per_batch: int, passes: int) -> float:
-    """Seconds of gathering keys and values (gradients in float32 back) and lightning states, over all layers."""
-    config, b = workload.config, workload.compute_bytes
+    """Seconds of gathering keys, values and lightning states, and of their gradients' way back, over all layers."""
+    config = workload.config
     assert config.head_dim is not None
-    kv = 2 * config.num_key_value_heads * config.head_dim * tokens_per_batch * len(config.softmax_layers)
-    states = layout.context * 4 * _heads_width(config) * config.head_dim * len(config.lightning_layers)
-    size = kv * (b * (passes - 1) + 4) + states * passes
-    return _gather_seconds(workload.gpu, layout, ("context",), size)
+    kv = 2 * config.num_key_value_heads * config.head_dim * tokens_per_batch * workload.compute_bytes
+    size = kv * len(config.softmax_layers) + _states(config, layout) * len(config.lightning_layers)
+    return _gather_seconds(workload.gpu, layout, ("context_parallel",), passes * size)
 
 
 def _gather_seconds(gpu: Gpu, layout: Layout, axes: tuple[str, ...], size: float) -> float:
@@ -433,7 +458,7 @@ def _gather_seconds(gpu: Gpu, layout: Layout, axes: tuple[str, ...], size: float
 def _neighbours(layout: Layout, axes: tuple[str, ...]) -> int:
     """Return how many ranks of a group along `axes` share a node, axes filling it from the innermost."""
     room, count = GPUS_PER_NODE, 1
-    for axis in ("context", "experts", "shards", "replicas"):
+    for axis in ("context_parallel", "expert_parallel", "dp_shard", "dp_replicate"):
         size = getattr(layout, axis)
         if axis in axes:
             count *= min(size, room)

@@ -70,7 +70,7 @@ def _plan(settings: PlanSettings) -> dict[str, Any]:
     )
     fitting, too_large, ruled_out = planning.search(workload)
     if not fitting:
-        raise UserError(_nothing_fits(settings, workload, too_large, ruled_out))
+        raise UserError(_nothing_fits(settings, workload, too_large[0]))
     best = fitting[0]
     tokens = settings.tokens or TOKENS_PER_PARAMETER * accounting.active_parameters(config)
     totals = planning.totals(workload, best, tokens, settings.price)
@@ -113,15 +113,11 @@ def _plan(settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def _nothing_fits(settings: PlanSettings, workload: Workload, too_large: list[Plan], ruled_out: dict[str, int]) -> str:
-    run = f"num_gpus: {settings.num_gpus} {settings.gpu}"
-    if not too_large:
-        return f"{run} cannot be used; in every layout {' or '.join(ruled_out)}"
-    nearest = too_large[0]
+def _nothing_fits(settings: PlanSettings, workload: Workload, nearest: Plan) -> str:
     return (
-        f"{run} cannot hold this run in any layout; the nearest, {_axes(nearest)}, needs "
-        f"{_bytes(nearest.memory.total)} of {_bytes(workload.memory_limit)} a rank, most for {_largest(nearest)}; "
-        "accepted: more or larger GPUs, or shorter sequences"
+        f"num_gpus: {settings.num_gpus} {settings.gpu} cannot hold this run in any layout; the nearest, "
+        f"{_axes(nearest)}, needs {_bytes(nearest.memory.total)} of {_bytes(workload.memory_limit)} a rank, most for "
+        f"{_largest(nearest)}; accepted: more or larger GPUs, or shorter sequences"
     )
 
 
@@ -130,14 +126,14 @@ def _layouts_as_text(
 ) -> list[str]:
     limit = f"{_bytes(workload.memory_limit)} a rank ({1 - workload.margin:.0%} of {_bytes(workload.gpu.memory_bytes)})"
     rows = [
-        "  {:>8}{:>8}{:>9}{:>9}".format(*dataclasses.astuple(p.layout))
+        "  {:>10}{:>7}{:>8}{:>9}".format(*dataclasses.astuple(p.layout))
         + f"{p.tokens_per_batch:>18,}{p.batches_per_step:>10,}{'yes' if p.activation_checkpointing else 'no':>15}"
         + f"{_bytes(p.memory.total):>12}{p.time.total:>10.3g}{p.tokens_per_second:>12,.0f}"
         for p in fitting[:NUM_SHOWN]
     ]
     lines = [
         f"{len(fitting)} layouts fit {limit}; the fastest",
-        f"  {'replicas':>8}{'shards':>8}{'experts':>9}{'context':>9}{'tokens_per_batch':>18}{'batches':>10}"
+        f"  {'replicate':>10}{'shard':>7}{'expert':>8}{'context':>9}{'tokens_per_batch':>18}{'batches':>10}"
         f"{'checkpointing':>15}{'a rank':>12}{'step s':>10}{'tokens/s':>12}",
         *rows,
     ]
@@ -147,14 +143,14 @@ def _layouts_as_text(
             f"{len(too_large)} do not; the nearest, {_axes(nearest)}, needs {_bytes(nearest.memory.total)}, "
             f"most for {_largest(nearest)}"
         ]
-    return lines + [f"{count} are none: {reason}" for reason, count in ruled_out.items()]
+    return lines + [f"{count} cannot be: {reason}" for reason, count in ruled_out.items()]
 
 
 def _best_as_text(workload: Workload, best: Plan) -> list[str]:
     return [
         "Memory of a rank, fastest layout",
         *(f"  {name:<20} {_bytes(size)}" for name, size in dataclasses.asdict(best.memory).items()),
-        f"  {'total':<20} {_bytes(best.memory.total)} of {_bytes(workload.gpu.memory_bytes)}",
+        f"  {'fullest moment':<20} {_bytes(best.memory.total)} of {_bytes(workload.gpu.memory_bytes)}",
         "",
         "Time of a step, fastest layout",
         *(f"  {name:<20} {seconds:9.3f} s" for name, seconds in dataclasses.asdict(best.time).items()),
@@ -340,8 +336,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _axes(plan: Plan) -> str:
-    layout = plan.layout
-    return f"{layout.replicas} x {layout.shards} x {layout.experts} x {layout.context}"
+    return " x ".join(map(str, dataclasses.astuple(plan.layout)))
 
 
 def _largest(plan: Plan) -> str:
