@@ -101,7 +101,7 @@ def generate_duplicates(rng: random.Random) -> Problem:
     """Draw four to eight numbers below 100 of which some repeat; each is to be kept once, in the order given.
 
     The worked solution writes behind every item the label under which it was met first, " a92a b70b c92a", and walks
-    the labels again: " a92 b70 c-".
+    the labels again; where the two differ, nothing is kept: " aa92 bb70 ca-".
     """
     highest = rng.choice((9, 99, 99))
     different = rng.sample(range(highest + 1), rng.randint(2, 5))
@@ -111,7 +111,7 @@ def generate_duplicates(rng: random.Random) -> Problem:
     first = dict(reversed(list(zip(values, PLACES, strict=False))))
     marks = "".join(f" {label}{value:02d}{first[value]}" for label, value in zip(PLACES, values, strict=False))
     found = "".join(
-        f" {label}{f'{value:02d}' if first[value] == label else '-'}"
+        f" {label}{first[value]}{f'{value:02d}' if first[value] == label else '-'}"
         for label, value in zip(PLACES, values, strict=False)
     )
     prompt = word(

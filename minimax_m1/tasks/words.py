@@ -22,19 +22,22 @@ ROMAN_PLACES = "pqrs"  # labels of ones, tens, hundreds, thousands
 
 
 def generate_alphabetical(rng: random.Random) -> Problem:
-    """Draw three to five words of up to seven letters with different initials, to be put in alphabetical order.
+    """Draw three to five words of up to six letters with different initials, to be put in alphabetical order.
 
-    The worked solution copies the words and walks through the alphabet to number the initials. These have a space
-    before them as the words have: a beginning that is not merged with its second letter is the same token.
+    The worked solution copies the words and walks through the alphabet; an initial that is met gets a number and is
+    repeated behind it, " b c1 c d", where the read-out finds it. All have a space before them as the words have: a
+    beginning that is not merged with its second letter is the same token.
     """
     words: dict[str, str] = {}
     count = rng.randint(3, 5)
     while len(words) < count:
-        drawn = draw_word(rng, 7)
+        drawn = draw_word(rng, 6)
         words.setdefault(drawn[0], drawn)
     given = list(words.values())
     initials = sorted(words)
-    walk = "".join(f"{initials.index(letter) + 1} {letter}" if letter in words else f" {letter}" for letter in ALPHABET)
+    walk = "".join(
+        f" {letter}{initials.index(letter) + 1} {letter}" if letter in words else f" {letter}" for letter in ALPHABET
+    )
     prompt = word(
         rng,
         "Put these words in alphabetical order: {v}",
