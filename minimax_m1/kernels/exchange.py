@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimax_m1.kernels.experts import expert_mlp
+from minimax_m1.kernels.experts import expert_mlp, expert_mlp_reference
 
 
 def expert_mlp_exchanged(
@@ -46,12 +46,15 @@ def expert_mlp_exchanged(
     own_ids = torch.arange(num_local, device=x.device).repeat(num_ranks)
     own_ids = own_ids.repeat_interleave(received, output_size=rows.shape[0])[:, None]
     ones = torch.ones_like(own_ids, dtype=expert_weights.dtype)
-    y = expert_mlp(rows, w13, w2, own_ids, ones, backend=backend)
+    if rows.shape[0]:
+        y = expert_mlp(rows, w13, w2, own_ids, ones, backend=backend)
+    else:  # gradients are zeros then, not missing: the exchange needs them on every rank
+        y = expert_mlp_reference(rows, w13, w2, own_ids, ones)
     y = _Exchange.apply(y, sent_rows, received_rows, group)
 
     place = torch.empty_like(order)
     place[order] = torch.arange(order.shape[0], device=x.device)
-    y = y.index_select(0, place).view(num_tokens, top_k, -1)
+    y = y.index_select(0, place).view(num_tokens, top_k, x.shape[1])
     return (y * expert_weights.to(x.dtype)[..., None]).sum(1)
 
 

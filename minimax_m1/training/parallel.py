@@ -222,11 +222,20 @@ def _data_mesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
 
 
 def context_part(batch: PackedBatch, world: World) -> PackedBatch:
-    """Return this rank's rows of a micro-batch: as many as any other's, or one more."""
+    """Return this rank's rows of a micro-batch: as many as any other's, or one more.
+
+    Raises:
+        UserError: fewer rows than ranks.
+    """
     num_ranks = world.num_context_ranks
     if num_ranks == 1:
         return batch
     num_tokens = batch.input_ids.shape[0]
+    if num_tokens < num_ranks:
+        raise UserError(
+            f"context_parallel: {num_ranks} cannot be used for a micro-batch of {num_tokens} tokens; accepted: at "
+            "least one token a rank"
+        )
     starts = [num_tokens * rank // num_ranks for rank in range(num_ranks + 1)]
     assert world.context_group is not None
     context = ContextPart(world.context_group, world.context_rank, starts, batch.layout.cu_seqlens.tolist())

@@ -1,16 +1,17 @@
-"""What the processes of test_parallel do: the same few steps in one layout after another; rank 0 writes what came out.
+"""What the processes of test_parallel do: the same few steps in one layout after another.
 
-Run by torchrun with the name of a JSON file to write. The layouts are those whose product is the number of processes.
+Run by `tests.ranks.launch` with the name of a folder and those of the layouts. Rank 0 writes results.jsonl there, and
+all together a checkpoint of each layout.
 """
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from minimax_m1.batch import ForwardBatch
 from minimax_m1.config import MiniMaxM1Config
@@ -26,6 +27,7 @@ from minimax_m1.training.parallel import (
     init_world,
     load_weights,
     materialize,
+    on_whole_matrices,
     parallelize,
     sum_over_ranks,
 )
@@ -80,12 +82,14 @@ def make_batch(step: int, slot: int) -> PackedBatch:
     ids = torch.randint(CONFIG.vocab_size, (num_tokens,), generator=generator)
     targets = torch.randint(CONFIG.vocab_size, (num_tokens,), generator=generator)
     targets[torch.rand(num_tokens, generator=generator) < 0.3] = -100
+    targets[: num_tokens // 2 if slot == 1 else 0] = -100  # a prompt so long that some rank has nothing to learn
     return PackedBatch(ids, targets, layout)
 
 
 def run(model: MiniMaxM1ForCausalLM, world: World) -> dict[str, Any]:
-    """Take the steps; return each one's loss, balance and gradient norms, and the sum of the weights at the end."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    """Take the steps; return each one's loss, balance and gradient norms."""
+    # eps well above rounding: AdamW would take a step of full length by a gradient that is nothing else
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-6, fused=True)
     steps = []
     for step in range(NUM_STEPS):
         batches = [make_batch(step, slot) for slot in range(world.data_rank, NUM_SLOTS, world.num_data_ranks)]
@@ -112,9 +116,9 @@ def run(model: MiniMaxM1ForCausalLM, world: World) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def run_layout(layout: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Build the network by each of the ways there are, check that they agree, and run the last."""
-    settings = make_settings(**layout)
+def run_layout(name: str, folder: Path) -> dict[str, Any]:
+    """Build the network by each of the ways there are, see whether they agree, and run the last."""
+    settings = make_settings(**LAYOUTS[name])
     world = init_world(settings)
     model = MiniMaxM1ForCausalLM(CONFIG)
     model.init_weights(seed=1)
@@ -124,33 +128,43 @@ def run_layout(layout: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     parallelize(other, world, settings)
     materialize(other, world.device)
     same = {}
-    for way, fill in (("init", lambda: other.init_weights(seed=1)), ("load", lambda: load_weights(other, checkpoint))):
+    for way, fill in (
+        ("init", lambda: other.init_weights(seed=1)),
+        ("load", lambda: load_weights(other, folder / "whole")),
+    ):
         for parameter in other.parameters():
             parameter.detach().zero_()
         fill()
         pairs = zip(full_weights(model), full_weights(other), strict=True)
         same[way] = all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-    result = {**run(other, world), "same": same}
-    other.eval()
-    batch = make_batch(0, 0)
-    with torch.no_grad():
-        hidden, _ = other.forward_packed(batch.input_ids, batch.layout)
-        result["logits"] = other.compute_logits(hidden).norm().item()
-    result["weights"] = {name: whole.norm().item() for name, whole in full_weights(other)}
+    for weight, (_, whole) in zip(model.parameters(), full_weights(model), strict=True):
+        if weight.dim() > 1:
+            squared = on_whole_matrices(lambda x: x @ x.mT @ x, weight.detach())
+            assert squared.placements == weight.placements
+            same["matrices"] = same.get("matrices", True) and torch.equal(
+                squared.full_tensor(), whole @ whole.mT @ whole
+            )
+    result = {**run(other, world), "same": same, "sums": probe(other)}
+    dcp.save({"model": {name: p.detach() for name, p in other.named_parameters()}}, checkpoint_id=folder / name)
     return result
 
 
+@torch.no_grad()
+def probe(model: MiniMaxM1ForCausalLM) -> list[float]:
+    """Return what depends on every weight and its place: the logits of a few tokens, summed over tokens."""
+    batch = make_batch(0, 0)
+    hidden, _ = model.eval().forward_packed(batch.input_ids, batch.layout)
+    return model.compute_logits(hidden).sum(0).tolist()
+
+
 def main() -> None:
-    output = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        whole = MiniMaxM1ForCausalLM(CONFIG)
-        whole.init_weights(seed=1)
-        whole.save_pretrained(folder)
-        for name in sys.argv[2:]:
-            result = run_layout(LAYOUTS[name], Path(folder))
-            if dist.get_rank() == 0:
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"name": name, **result}) + "\n")
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for name in sys.argv[2:]:
+        result = run_layout(name, folder)
+        if dist.get_rank() == 0:
+            with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, **result}) + "\n")
     dist.destroy_process_group()
 
 
