@@ -22,9 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -160,8 +159,9 @@ class Checkpoints:
             all_slots = _together(begin, group)
             writer = _Writer(part, per_thread_copy_ahead=0)  # it syncs its files
             dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+            _together(lambda: _raise(writer.failure), group)
             _together(finish, group)
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             if is_main:
                 shutil.rmtree(part, ignore_errors=True)
             raise SaveError(f"output: cannot write {place}: {_reason(error)}; earlier checkpoints are kept") from None
@@ -276,14 +276,20 @@ def _load_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     if not tensors:
         return
     reader = _Reader(folder)
+    dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
     try:
-        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
-    except CheckpointException as error:
+        _together(lambda: _raise(reader.failure), group)
+    except (OSError, RuntimeError) as error:
         raise _damaged(folder, _reason(error)) from None
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, whose errors can be sent to other ranks without losing what the operating system said."""
+    """DCP's writer; it keeps an error to itself until all ranks are through and can exchange theirs.
+
+    DCP would send the error with its traceback, which some versions of Python and torch cannot, and then hang.
+    """
+
+    failure: Exception | None = None
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # not where it was written: a path of Python 3.13 cannot be read by an older one
@@ -291,18 +297,40 @@ class _Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save's, when it could not write
-            raise OSError(_reason(error)) from None
+        except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's, when it could not write
+            self.failure = error
+            return _done([])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            self.failure = error
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader; a checkpoint can make it do nothing but read."""
+    """DCP's reader; it keeps errors as the writer does, and a checkpoint can make it do nothing but read."""
+
+    failure: Exception | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        try:
+            return super().read_data(plan, planner)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            self.failure = error
+            return _done(None)
+
+
+def _done(result: Any) -> torch.futures.Future[Any]:
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(result)
+    return future
 
 
 class _Unpickler(pickle.Unpickler):
@@ -335,16 +363,20 @@ def _together(do: Callable[[], Any], group: dist.ProcessGroup | None) -> list[An
     return [result for result, _ in outcomes]
 
 
+def _raise(failure: Exception | None) -> None:
+    """Raise an error that has been kept, in a form that other ranks understand."""
+    if failure is not None:
+        raise OSError(_reason(failure))
+
+
 def _reason(error: BaseException) -> str:
-    """What went wrong, in some words: torch wraps the operating system's errors, and its own messages have traces."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    system = [link.strerror for link in chain if isinstance(link, OSError) and link.strerror]
-    return system[0] if system else (str(chain[0]).splitlines() or [type(chain[0]).__name__])[0]
+    """What went wrong, in some words: what the operating system said, if torch has only wrapped that."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _damaged(checkpoint: Path, reason: str) -> UserError:

@@ -108,7 +108,7 @@ def test_poll_finishes_without_waiting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "slots.json", "progress.json"])
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "zeroed", "missing"])
 def test_damage_is_one_clear_line(tmp_path: Path, name: str, damage: str) -> None:
     checkpoints = Checkpoints(tmp_path, 2, ONE_PROCESS)
     save(checkpoints, 1, 2)
@@ -117,6 +117,8 @@ def test_damage_is_one_clear_line(tmp_path: Path, name: str, damage: str) -> Non
         path.unlink()
         if name == "progress.json":  # then it is none
             assert checkpoints.newest() == 1
+    elif damage == "zeroed":
+        path.write_bytes(bytes(path.stat().st_size))
     else:
         os.truncate(path, path.stat().st_size // 2 if damage == "truncated" else 0)
     with pytest.raises(UserError, match=r"step-000002.*remove it to resume from an older one") as caught:
