@@ -153,18 +153,19 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path, recipe: dict[str, Any]) -> MiniMaxM1Config | None:
-    """Return the network's config: of the exported model, of the weights it began with, or of the recipe."""
-    for path in (folder / "model", Path(str(recipe.get("init", folder)))):
-        if (path / "config.json").is_file():
-            return _config(lambda path=path: json.loads((path / "config.json").read_text(encoding="utf-8")))  # type: ignore[misc]
-    model, vocab_size = recipe.get("model"), recipe.get("vocab_size")
-    return _config(lambda: {**model, "vocab_size": vocab_size}) if model and vocab_size else None
-
-
-def _config(values: Callable[[], dict[str, Any]]) -> MiniMaxM1Config | None:
+    """Return the network's config: of the newest checkpoint, of the exported model, or of the recipe."""
+    checkpoints = sorted(folder.glob("checkpoints/step-*/progress.json"), reverse=True)
+    for path in [*checkpoints, folder / "model" / "config.json"]:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return MiniMaxM1Config.from_dict(values["progress"]["config"] if path in checkpoints else values)
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or not what it should be
+            continue
+    if not (recipe.get("model") and recipe.get("vocab_size")):
+        return None
     try:
-        return MiniMaxM1Config.from_dict(values())
-    except (OSError, ValueError):  # UserError is one
+        return MiniMaxM1Config.from_dict({**recipe["model"], "vocab_size": recipe["vocab_size"]})
+    except (UserError, TypeError):
         return None
 
 
@@ -625,7 +626,7 @@ def facts(run: Run) -> dict[str, str]:
         "Layers": f"{run.config.num_hidden_layers}" if run.config else "",
         "Experts": f"{run.config.num_experts_per_tok} of {run.config.num_local_experts}" if run.config else "",
         "Device": " ".join(str(run.recipe[key]) for key in ("device", "dtype") if key in run.recipe),
-        "Started from": str(run.recipe.get("init", "")),
+        "Started from": Path(str(run.recipe.get("init", ""))).name,
     }
     return {name: text for name, text in found.items() if text}
 
