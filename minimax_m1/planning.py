@@ -256,13 +256,14 @@ def _obstacle(workload: Workload, layout: Layout) -> str | None:
 
 
 def _plans(workload: Workload, layout: Layout) -> Iterator[Plan]:
-    tokens = workload.sequence_length
-    while tokens * layout.data_ranks <= workload.batch_tokens:
+    tokens, fits = workload.sequence_length, True
+    while fits and tokens * layout.data_ranks <= workload.batch_tokens:
         per_rank = workload.batch_tokens // (tokens * layout.data_ranks)
         for checkpointing in (False, True):
             memory = rank_memory(workload, layout, tokens, checkpointing)
             time = step_time(workload, layout, tokens, per_rank, checkpointing)
             yield Plan(layout, tokens, per_rank * layout.data_ranks, checkpointing, memory, time)
+            fits = memory.total <= workload.memory_limit  # if not even with checkpointing, nor with more tokens
         tokens *= 2
 
 
