@@ -34,7 +34,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def needed(lengths: Sequence[int], budget: int) -> int:
-    """Return how many samples `next_batch` has to look at; all are needed, and more, if there are not so many."""
+    """Return how many samples `next_batch` has to look at, as far as these tell: if all of them fit, then more."""
     return in_order(lengths, budget) + 1 + LOOKAHEAD
 
 

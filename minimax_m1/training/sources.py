@@ -29,7 +29,7 @@ from minimax_m1.tokenizer.chat_template import check_tools, normalize_messages
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 FORMS = '{"text"}, {"messages"}, {"prompt", "response"} or {"prompt", "completion"}'
-ROW_GROUPS_HELD = 4  # decoded row groups of one source in memory
+ROW_GROUPS_HELD = 2  # decoded row groups of one source in memory
 SCAN_BYTES = 1 << 24
 TEXT_BYTES = 1 << 20  # most of a text file that is read as one record
 COLUMNS = ("text", "messages", "tools", "prompt", "response", "completion")  # of Parquet files
@@ -224,7 +224,7 @@ class RowGroup:
     number: int
     first_row: int
     num_rows: int
-    read_rows: Any  # (path, number) -> list of dicts
+    read_rows: Any  # (path, number) -> a pyarrow.Table
 
     def __len__(self) -> int:
         return self.num_rows
@@ -232,8 +232,8 @@ class RowGroup:
     def read(self, row: int) -> Record:
         """Return one row; what is null counts as absent."""
         place = f"{self.path}:{self.first_row + row + 1}"
-        content = self.read_rows(self.path, self.number)[row]
-        return check_record({name: value for name, value in content.items() if value is not None}, place)
+        columns = self.read_rows(self.path, self.number).slice(row, 1).to_pydict()
+        return check_record({name: value for name, [value] in columns.items() if value is not None}, place)
 
 
 def _chunks(data: bytes | mmap.mmap) -> Iterator[tuple[int, np.ndarray]]:
@@ -285,18 +285,16 @@ def _row_group_sizes(path: Path) -> list[int]:
     return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def _read_rows(path: Path, number: int) -> list[dict[str, Any]]:
-    """Decode the columns of a row group that a record may have."""
+def _read_rows(path: Path, number: int) -> Any:
+    """Decode the columns of a row group that a record may have, as a pyarrow.Table."""
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in COLUMNS]
-            rows: list[dict[str, Any]] = file.read_row_group(number, columns=columns).to_pylist()
-            # Without one column of ours there are no rows either; each is to be a bad record of its own.
-            return rows or [{}] * file.metadata.row_group(number).num_rows
-    except (pyarrow.lib.ArrowException, OSError, ValueError) as error:
+            return file.read_row_group(number, columns=columns)
+    except (pyarrow.lib.ArrowException, OSError) as error:
         raise UserError(f"{path}: row group {number} cannot be read ({' '.join(str(error).split())})") from None
 
 

@@ -116,14 +116,16 @@ class SampleStream:
 
     def next_samples(self) -> list[Sample]:
         """Take the samples of the next batch."""
+        budget = self.settings.tokens_per_batch
         lengths = [len(drawn.sample.ids) for drawn in self._buffer]
-        while len(self._buffer) < needed(lengths, self.settings.tokens_per_batch):
-            self._buffer.append(self.draw())
-            lengths.append(len(self._buffer[-1].sample.ids))
-        indices = next_batch(lengths, self.settings.tokens_per_batch)
-        taken = [self._buffer[i].sample for i in indices]
-        self._buffer = [drawn for i, drawn in enumerate(self._buffer) if i not in set(indices)]
-        return taken
+        while missing := max(0, needed(lengths, budget) - len(lengths)):
+            self._buffer += [self.draw() for _ in range(missing)]
+            lengths += [len(drawn.sample.ids) for drawn in self._buffer[-missing:]]
+        taken = next_batch(lengths, budget)
+        samples = [self._buffer[i].sample for i in taken]
+        left = set(range(len(lengths))) - set(taken)
+        self._buffer = [self._buffer[i] for i in sorted(left)]
+        return samples
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON can write it; samples that wait are named, not held."""

@@ -78,7 +78,7 @@ def fingerprint(samples: list[Sample]) -> Counter[tuple[int, ...]]:
 texts = st.lists(st.integers(1, 150), min_size=1, max_size=30).map(
     lambda sizes: [f"{number:03}" + "x" * size for number, size in enumerate(sizes)]
 )
-same_folder = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_folder = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @same_folder

@@ -200,7 +200,7 @@ def test_a_chat_stream_continues_to_the_bit(tokenizer: MiniMaxM1Tokenizer, tmp_p
         {tmp_path / "a.jsonl": 1.0, "addition": 0.5}, bad_records="skip", tokens_per_batch=400, window=[300]
     )
     stream = SampleStream(options, tokenizer, 0, 300)
-    for _ in range(12):
+    for _ in range(6):
         state = json.loads(json.dumps(stream.state_dict()))
         batch = stream.next_batch()
         restored = SampleStream(options, tokenizer, 0, 300)
