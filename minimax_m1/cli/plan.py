@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from minimax_m1 import accounting, planning, scaling, shipped
 from minimax_m1.config import PRESETS, MiniMaxM1Config
 from minimax_m1.errors import UserError
-from minimax_m1.planning import Plan, Workload
+from minimax_m1.planning import Plan, Totals, Workload
 from minimax_m1.settings import PlanSettings
 
 if TYPE_CHECKING:
@@ -85,14 +85,7 @@ def _plan(settings: PlanSettings) -> dict[str, Any]:
         *_best_as_text(workload, best),
         "",
         f"Training on {tokens:,.4g} tokens",
-        f"  steps                {totals.steps:,}",
-        f"  compute              {totals.flops:.3g} FLOP, {totals.mfu:.1%} of the peak (recomputation not counted)",
-        f"  time                 {_time(totals.seconds)}, {totals.gpu_hours:,.0f} GPU-hours",
-        *(
-            []
-            if totals.cost is None
-            else [f"  cost                 {totals.cost:,.0f} at {settings.price:g} a GPU-hour"]
-        ),
+        *_totals_as_text(totals, settings.price),
         "",
         *_contexts_as_text(config, length),
         "",
@@ -158,6 +151,15 @@ def _best_as_text(workload: Workload, best: Plan) -> list[str]:
     ]
 
 
+def _totals_as_text(totals: Totals, price: float | None) -> list[str]:
+    lines = [
+        f"  steps                {totals.steps:,}",
+        f"  compute              {totals.flops:.3g} FLOP, {totals.mfu:.1%} of the peak (recomputation not counted)",
+        f"  time                 {_time(totals.seconds)}, {totals.gpu_hours:,.0f} GPU-hours",
+    ]
+    return lines if totals.cost is None else [*lines, f"  cost                 {totals.cost:,.0f} at {price:g} each"]
+
+
 def _contexts_as_text(config: MiniMaxM1Config, length: int) -> list[str]:
     lines = ["Training FLOPs of a token by sequence length, and what of them is attention to earlier tokens"]
     for n in sorted({*CONTEXTS, length}):
@@ -181,6 +183,7 @@ def _recipe(workload: Workload, plan: Plan, steps: int) -> dict[str, str]:
         "tokens_per_batch": str(plan.tokens_per_batch),
         "batches_per_step": str(plan.batches_per_step),
         "steps": str(steps),
+        "device": '"cuda"',
         "dtype": f'"{workload.dtype}"',
     }
 

@@ -19,7 +19,7 @@ def test_a_plan_of_minimax_m1(run, tmp_path: Path) -> None:
     best = answer["plans"][0]
     assert best["memory_total"] <= answer["memory_limit"] < answer["too_large"][0]["memory_total"]
     assert answer["totals"]["cost"] == pytest.approx(2 * answer["totals"]["gpu_hours"])
-    assert f"{answer['totals']['cost']:,.0f} at 2 a GPU-hour" in out
+    assert f"{answer['totals']['cost']:,.0f} at 2 each" in out
     assert answer["ruled_out"] == {"expert_parallel does not divide the network's 32": 20}
     recipe = tomllib.loads(out.split("Recipe\n")[1])
     assert recipe == answer["recipe"]
