@@ -11,7 +11,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def launch(module: str, num_ranks: int, *arguments: str, seconds: float = 300) -> None:
+def launch(module: str, num_ranks: int, *arguments: str, seconds: float = 500) -> None:
     """Run `python -m module arguments` as so many ranks; fail with what they wrote if one of them fails or hangs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -194,7 +194,7 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
         moe = layer.block_sparse_moe
-        if moe.experts.group is not None:  # axis 0, the experts, is divided already
+        if mesh["expert_parallel"].size() > 1:  # axis 0, the experts, is divided already
             by_row = dict(options, mesh=experts_mesh, shard_placement_fn=lambda weight: Shard(1))
             fully_shard(moe.experts, mp_policy=policy, **by_row)
         if policy is not float32:
@@ -290,7 +290,8 @@ def gradient_norms(model: MiniMaxM1ForCausalLM, world: World) -> dict[str, float
             continue
         layer = re.search(r"layers\.(\d+)\.", name)
         place = 1 + int(layer[1]) if layer else 0 if "embed_tokens" in name else num_layers + 1
-        norm = torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float32).double()
+        gradient = _local(parameter.grad)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).double()
         squares[place] += norm**2 / (world.size // _num_parts(parameter))  # so many ranks hold the same part
     sums = sum_over_ranks(squares, world).tolist()
     return {name: math.sqrt(x) for name, x in zip([*names, "all"], [*sums, sum(sums)], strict=True)}

@@ -33,7 +33,9 @@ from minimax_m1.training.parallel import (
 )
 from minimax_m1.training.settings import TrainSettings
 
-NUM_STEPS, NUM_SLOTS = 6, 4
+NUM_STEPS, NUM_SLOTS = 5, 4
+# The layouts whose ways of making and storing weights are tested: one, two and three ways of being divided.
+STORED = ("shard 2", "expert 2, shard 2", "replicate 2, expert 2")
 # name -> settings; what is not there is on one rank. Each is compared with the same on one process.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shard 2": {"dp_shard": 2},
@@ -117,17 +119,27 @@ def run(model: MiniMaxM1ForCausalLM, world: World) -> dict[str, Any]:
 
 
 def run_layout(name: str, folder: Path) -> dict[str, Any]:
-    """Build the network by each of the ways there are, see whether they agree, and run the last."""
+    """Run the steps; of some layouts also store the weights, and see whether all ways of making them agree."""
     settings = make_settings(**LAYOUTS[name])
     world = init_world(settings)
     model = MiniMaxM1ForCausalLM(CONFIG)
     model.init_weights(seed=1)
     parallelize(model, world, settings)
+    if name not in STORED:
+        return {**run(model, world), "sums": probe(model)}
+    same = ways_agree(model, world, settings, folder)
+    result = {**run(model, world), "sums": probe(model), "same": same}
+    dcp.save({"model": {name: p.detach() for name, p in model.named_parameters()}}, checkpoint_id=folder / name)
+    return result
+
+
+def ways_agree(model: MiniMaxM1ForCausalLM, world: World, settings: TrainSettings, folder: Path) -> dict[str, bool]:
+    """Say of each way to make the weights of `model` whether it gives the same, and of products of whole matrices."""
     with torch.device("meta"):
         other = MiniMaxM1ForCausalLM(CONFIG)
     parallelize(other, world, settings)
     materialize(other, world.device)
-    same = {}
+    same = {"matrices": True}
     for way, fill in (
         ("init", lambda: other.init_weights(seed=1)),
         ("load", lambda: load_weights(other, folder / "whole")),
@@ -141,12 +153,8 @@ def run_layout(name: str, folder: Path) -> dict[str, Any]:
         if weight.dim() > 1:
             squared = on_whole_matrices(lambda x: x @ x.mT @ x, weight.detach())
             assert squared.placements == weight.placements
-            same["matrices"] = same.get("matrices", True) and torch.equal(
-                squared.full_tensor(), whole @ whole.mT @ whole
-            )
-    result = {**run(other, world), "same": same, "sums": probe(other)}
-    dcp.save({"model": {name: p.detach() for name, p in other.named_parameters()}}, checkpoint_id=folder / name)
-    return result
+            same["matrices"] &= torch.equal(squared.full_tensor(), whole @ whole.mT @ whole)
+    return same
 
 
 @torch.no_grad()

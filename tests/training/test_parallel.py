@@ -12,7 +12,7 @@ from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.training.parallel import close_world, context_part, init_world, load_weights, parallelize
 from tests.ranks import launch
-from tests.training.parallel_worker import CONFIG, LAYOUTS, make_batch, make_settings, probe, run
+from tests.training.parallel_worker import CONFIG, LAYOUTS, STORED, make_batch, make_settings, probe, run
 
 # Wanted of training in float32. In bfloat16 another order of the same sums can round a weight's gradient elsewhere.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -35,6 +35,7 @@ def one_process(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # no_dist says so too
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_layout_is_one_process(tmp_path, ranks):
     whole = MiniMaxM1ForCausalLM(CONFIG)
@@ -48,17 +49,18 @@ def test_every_layout_is_one_process(tmp_path, ranks):
     assert [result["name"] for result in results] == names
     for result in results:
         dtype = LAYOUTS[result["name"]].get("dtype", "float32")
-        assert result["same"] == {"init": True, "load": True, "matrices": True}, result["name"]
         for step, (actual, one) in enumerate(zip(result["steps"], expected[dtype]["steps"], strict=True)):
             assert actual == pytest.approx(one, rel=TOLERANCE[dtype]), f"{result['name']}, step {step}"
         sums = pytest.approx(expected[dtype]["sums"], rel=1e-3, abs=1e-3)
         assert result["sums"] == sums, result["name"]
+        if result["name"] not in STORED:
+            continue
+        assert result["same"] == {"init": True, "load": True, "matrices": True}, result["name"]
         # what these ranks have written, one process reads
         copy = MiniMaxM1ForCausalLM(CONFIG)
         state = {"model": {name: p.detach() for name, p in copy.named_parameters()}}
         dcp.load(state, checkpoint_id=tmp_path / result["name"], no_dist=True)
-        if dtype == "float32":
-            assert probe(copy) == pytest.approx(result["sums"], rel=1e-4, abs=1e-4), result["name"]
+        assert probe(copy) == pytest.approx(result["sums"], rel=1e-4, abs=1e-4), result["name"]
 
 
 def test_load_weights_into_a_whole_network(tmp_path):
