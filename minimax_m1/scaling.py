@@ -30,6 +30,7 @@ Rows = NDArray[np.int64]
 HUBER_DELTA = 1e-3  # residuals of log loss beyond it count linearly, so that an outlier does not bend the law
 COLUMNS = ("parameters", "tokens", "loss")
 MIN_RUNS = 6  # one more than there are unknowns
+MIN_VALUES = 3  # of N and of D: through two points goes any power
 NUM_DESCENTS = 100  # the best points of the grid, from which the search goes down
 MAX_ITERATIONS, LEAST_GAIN = 500, 1e-12  # of a descent; share of the value
 LAST_SHARE = 0.05  # of a run's tokens: its loss is the mean over the lines of so many last tokens
@@ -62,15 +63,19 @@ class ScalingLaw:
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Return the loss that the law expects."""
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+        by_size, by_data = -self.alpha * math.log(parameters), -self.beta * math.log(tokens)
+        return self.E + self.A * _exp(by_size) + self.B * _exp(by_data)
 
     def optimum(self, flops: float) -> tuple[float, float]:
         """Return the parameters and tokens of least loss for a training budget of 6 N D = `flops`.
 
+        Both are NaN where there is none: a loss that does not fall with both, as runs too few or too alike may give.
         Source: arXiv 2203.15556 eq. 4.
         """
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        parameters = G * (flops / 6) ** self.exponent
+        if not all(0 < value < math.inf for value in (self.A, self.B, self.alpha, self.beta)):
+            return math.nan, math.nan
+        log_G = (math.log(self.alpha * self.A) - math.log(self.beta * self.B)) / (self.alpha + self.beta)
+        parameters = _exp(log_G + self.exponent * math.log(flops / 6))
         return parameters, flops / 6 / parameters
 
 
@@ -88,8 +93,13 @@ class ScalingFit:
         return [math.log(run.loss / self.law.loss(run.parameters, run.tokens)) for run in self.runs]
 
     def interval(self, value: Callable[[ScalingLaw], float], level: float = 0.95) -> tuple[float, float]:
-        """Return the bootstrap interval of a value of the law, such as `lambda law: law.alpha`: percentiles."""
-        values = [value(law) for law in self.resampled]
+        """Return the bootstrap interval of a value of the law, such as `lambda law: law.alpha`: percentiles.
+
+        NaN, NaN where fewer of the resampled laws than `level` have the value: it is not determined.
+        """
+        values = [v for v in (value(law) for law in self.resampled) if math.isfinite(v)]
+        if len(values) < level * len(self.resampled):
+            return math.nan, math.nan
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
@@ -102,12 +112,13 @@ def fit(runs: list[Run], *, num_resamples: int = 500, seed: int = 0) -> ScalingF
         seed: decides the resamples.
 
     Raises:
-        UserError: too few runs, or all of one size or of as many tokens: the law is not determined.
+        UserError: too few runs, or too few sizes or lengths of them: the law is not determined.
     """
     for name in ("parameters", "tokens"):
-        if len(runs) < MIN_RUNS or len({getattr(run, name) for run in runs}) < 2:
-            accepted = f"at least {MIN_RUNS} runs that differ in parameters and in tokens"
-            raise UserError(f"fit: {len(runs)} runs with these {name} cannot be used; accepted: {accepted}")
+        num_values = len({getattr(run, name) for run in runs})
+        if len(runs) < MIN_RUNS or num_values < MIN_VALUES:
+            accepted = f"at least {MIN_RUNS} runs with {MIN_VALUES} numbers of parameters and {MIN_VALUES} of tokens"
+            raise UserError(f"fit: {len(runs)} runs with {num_values} of {name} cannot be used; accepted: {accepted}")
     log_N, log_D, log_L = (np.log([getattr(run, name) for run in runs]) for name in COLUMNS)
     # Measured from the middle, A and alpha (B and beta) hardly depend on one another, and the descent is short.
     centre = np.array([log_N.mean(), log_D.mean()])
@@ -227,14 +238,13 @@ def _line_search(
 
 
 def _law(theta: Array, centre: Array) -> ScalingLaw:
-    a, b, e, alpha, beta = theta
-    return ScalingLaw(
-        E=float(np.exp(e)),
-        A=float(np.exp(a + alpha * centre[0])),
-        B=float(np.exp(b + beta * centre[1])),
-        alpha=float(alpha),
-        beta=float(beta),
-    )
+    a, b, e, alpha, beta = map(float, theta)
+    return ScalingLaw(_exp(e), _exp(a + alpha * float(centre[0])), _exp(b + beta * float(centre[1])), alpha, beta)
+
+
+def _exp(x: float) -> float:
+    """exp, kept within what a float holds."""
+    return math.exp(min(x, 700.0))
 
 
 # -- reading runs -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from minimax_m1.accounting import active_parameters
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
-from minimax_m1.scaling import Run, ScalingLaw, fit, objective, read_runs
+from minimax_m1.scaling import Run, ScalingFit, ScalingLaw, fit, objective, read_runs
 
 TRUTH = ScalingLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # arXiv 2404.10102
 
@@ -91,6 +91,17 @@ def test_the_optimum_by_brute_force() -> None:
     assert TRUTH.exponent == pytest.approx(math.log(TRUTH.optimum(100 * budget)[0] / N) / math.log(100))
 
 
+def test_a_law_without_an_optimum() -> None:
+    """Runs whose loss rises with their data, and a term that has vanished."""
+    runs = [Run(N, D, 2 + 40 / N**0.3 + 0.01 * math.log(D), "") for N in (1e6, 1e7, 1e8) for D in (1e8, 1e9, 1e10)]
+    found = fit(runs, num_resamples=20)
+    assert math.isfinite(found.law.loss(1e7, 1e9)) and len(found.residuals) == 9
+    for law in (ScalingLaw(1.0, 2.0, 0.0, 0.3, -140.0), ScalingLaw(1.0, 2.0, 3.0, 0.3, -0.1)):
+        assert all(math.isnan(x) for x in law.optimum(1e20)) and math.isfinite(law.loss(1e7, 1e9))
+    half = ScalingFit(TRUTH, (), (TRUTH, ScalingLaw(1.0, 2.0, 3.0, 0.3, -0.1)))
+    assert all(math.isnan(x) for x in half.interval(lambda law: law.optimum(1e20)[0]))
+
+
 def test_runs_from_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("parameters,tokens,loss,colour\n1e6,2e7,4.5,red\n2e6,2e7,4.25,blue\n")
     (tmp_path / "runs.jsonl").write_text('{"parameters": 1e6, "tokens": 3, "loss": 4, "name": "x"}\n\n')
@@ -115,7 +126,7 @@ BAD_FILES = {
     r"runs.jsonl, line 2 is not JSON": ("runs.jsonl", '{"parameters": 1, "tokens": 2, "loss": 3}\n{"par'),
     r"runs.jsonl, line 1 holds a list": ("runs.jsonl", "[]\n"),
     r"runs.txt cannot be used; accepted: .csv": ("runs.txt", ""),
-    r"0 runs with these parameters": ("runs.csv", ""),
+    r"0 runs with 0 of parameters": ("runs.csv", ""),
 }
 
 
@@ -129,7 +140,9 @@ def test_bad_files(message: str, tmp_path: Path) -> None:
 
 def test_runs_that_determine_no_law(tmp_path: Path) -> None:
     same_size = [Run(1e6, 1e6 * i, 4 - i / 10, "") for i in range(1, 9)]
-    with pytest.raises(UserError, match=r"8 runs with these parameters .* at least 6 runs that differ"):
+    with pytest.raises(
+        UserError, match=r"8 runs with 1 of parameters .* at least 6 runs with 3 numbers of parameters and 3 of tokens"
+    ):
         fit(same_size)
     with pytest.raises(UserError, match=r"cannot read .*missing.csv"):
         read_runs([tmp_path / "missing.csv"])

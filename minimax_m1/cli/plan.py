@@ -210,7 +210,7 @@ def _fit(settings: PlanSettings) -> dict[str, Any]:
     lines = [
         f"loss = E + A / N^alpha + B / D^beta, fitted to {len(found.runs)} runs (95% intervals from "
         f"{len(found.resampled)} resamples)",
-        *(f"  {name:<8} {value:12.5g}   {low:.4g} to {high:.4g}" for name, (value, low, high) in values.items()),
+        *(f"  {name:<8} {value:12.5g}   {_range(low, high)}" for name, (value, low, high) in values.items()),
         "  N are the parameters that a token uses, D training tokens; the best N grows with FLOPs^exponent",
         "",
         f"Residuals of log loss: root mean square {root_mean_square:.2g}; the largest",
@@ -222,9 +222,14 @@ def _fit(settings: PlanSettings) -> dict[str, Any]:
     for budget in budgets:
         N, D = law.optimum(budget)
         low, high = _size_interval(found, budget)
-        optima.append({"flops": budget, "parameters": N, "tokens": D, "parameters_interval": [low, high]})
+        if math.isnan(N):
+            lines.append(
+                "  there is none: this law's loss does not fall with both; more runs, further apart, are needed"
+            )
+            break
+        optima.append({"flops": budget, "parameters": N, "tokens": D, "low": _known(low), "high": _known(high)})
         lines.append(
-            f"  {budget:.3g} FLOP    N {N:.3g} ({low:.3g} to {high:.3g}), D {D:.3g}, loss {law.loss(N, D):.4f}"
+            f"  {budget:.3g} FLOP    N {N:.3g} ({_range(low, high)}), D {D:.3g}, loss {law.loss(N, D):.4f}"
             + ("" if budget <= spent else f", {budget / spent:.3g} times the largest run")
         )
     print("\n".join(lines))
@@ -232,10 +237,18 @@ def _fit(settings: PlanSettings) -> dict[str, Any]:
         _plot(settings.plot, lambda axes: _plot_fit(axes, found))
     runs = [{**dataclasses.asdict(run), "residual": r} for run, r in zip(found.runs, residuals, strict=True)]
     return {
-        "law": {name: {"value": v, "low": low, "high": high} for name, (v, low, high) in values.items()},
+        "law": {n: {"value": v, "low": _known(low), "high": _known(high)} for n, (v, low, high) in values.items()},
         "optima": optima,
         "runs": runs,
     }
+
+
+def _range(low: float, high: float) -> str:
+    return "not determined" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN
 
 
 def _size_interval(found: scaling.ScalingFit, budget: float) -> tuple[float, float]:
@@ -261,7 +274,8 @@ def _plot_fit(axes: Axes, found: scaling.ScalingFit) -> None:
         axes.plot(6 * size * D, [found.law.loss(size, d) for d in D], color=colour(size), lw=1, label=f"N = {size:.2g}")
     axes.scatter(flops, [run.loss for run in found.runs], c=[colour(run.parameters) for run in found.runs], s=14)
     budgets = np.geomspace(min(flops) / 2, max(flops) * 10, 50)
-    axes.plot(budgets, [found.law.loss(*found.law.optimum(c)) for c in budgets], "k--", lw=1, label="best N and D")
+    if not math.isnan(found.law.optimum(budgets[0])[0]):
+        axes.plot(budgets, [found.law.loss(*found.law.optimum(c)) for c in budgets], "k--", lw=1, label="best N and D")
     axes.set(xscale="log", xlabel="training FLOPs (6 N D)", ylabel="loss", title="Runs and their scaling law")
     axes.legend(fontsize=7)
 

@@ -83,6 +83,16 @@ def test_several_files_after_one_flag(run, runs_csv: Path, tmp_path: Path) -> No
     assert "fitted to 10 runs" in run("plan", "--fit", runs_csv, "--fit", more).out
 
 
+def test_runs_that_have_no_optimum(run, tmp_path: Path) -> None:
+    """Loss that rises with the data: a law all the same, and no best size; nothing in the JSON that is not JSON."""
+    rows = [(N, D, 2 + 40 / N**0.3 + 1e-13 * D) for N in (1e6, 1e7, 1e8) for D in (1e10, 1e12, 3e12)]
+    (tmp_path / "runs.csv").write_text("parameters,tokens,loss\n" + "".join(f"{N},{D},{loss}\n" for N, D, loss in rows))
+    status, out, err = run("plan", "--fit", tmp_path / "runs.csv", "--json", tmp_path / "law.json")
+    assert (status, err) == (0, "") and "there is none" in out
+    answer = json.loads((tmp_path / "law.json").read_text(), parse_constant=pytest.fail)
+    assert answer["optima"] == [] and len(answer["runs"]) == 9
+
+
 MISTAKES = {
     "model: 'no-such'": ["--model", "no-such"],
     "num_gpus: 0": ["--num-gpus", 0],
