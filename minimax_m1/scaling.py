@@ -118,7 +118,9 @@ def fit(runs: list[Run], *, num_resamples: int = 500, seed: int = 0) -> ScalingF
         num_values = len({getattr(run, name) for run in runs})
         if len(runs) < MIN_RUNS or num_values < MIN_VALUES:
             accepted = f"at least {MIN_RUNS} runs with {MIN_VALUES} numbers of parameters and {MIN_VALUES} of tokens"
-            raise UserError(f"fit: {len(runs)} runs with {num_values} of {name} cannot be used; accepted: {accepted}")
+            raise UserError(
+                f"fit: {len(runs)} runs with {num_values} numbers of {name} cannot be used; accepted: {accepted}"
+            )
     log_N, log_D, log_L = (np.log([getattr(run, name) for run in runs]) for name in COLUMNS)
     # Measured from the middle, A and alpha (B and beta) hardly depend on one another, and the descent is short.
     centre = np.array([log_N.mean(), log_D.mean()])

@@ -126,7 +126,7 @@ BAD_FILES = {
     r"runs.jsonl, line 2 is not JSON": ("runs.jsonl", '{"parameters": 1, "tokens": 2, "loss": 3}\n{"par'),
     r"runs.jsonl, line 1 holds a list": ("runs.jsonl", "[]\n"),
     r"runs.txt cannot be used; accepted: .csv": ("runs.txt", ""),
-    r"0 runs with 0 of parameters": ("runs.csv", ""),
+    r"0 runs with 0 numbers of parameters": ("runs.csv", ""),
 }
 
 
@@ -141,7 +141,8 @@ def test_bad_files(message: str, tmp_path: Path) -> None:
 def test_runs_that_determine_no_law(tmp_path: Path) -> None:
     same_size = [Run(1e6, 1e6 * i, 4 - i / 10, "") for i in range(1, 9)]
     with pytest.raises(
-        UserError, match=r"8 runs with 1 of parameters .* at least 6 runs with 3 numbers of parameters and 3 of tokens"
+        UserError,
+        match=r"8 runs with 1 numbers of parameters .* at least 6 runs with 3 numbers of parameters and 3 of tokens",
     ):
         fit(same_size)
     with pytest.raises(UserError, match=r"cannot read .*missing.csv"):
