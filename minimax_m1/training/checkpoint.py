@@ -43,7 +43,7 @@ class SaveError(UserError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run, in one folder; every rank has this object and makes the same calls.
+    """The newest `keep` checkpoints of a run; every rank has this object, sees the folder and makes the same calls.
 
     A state is {"model": {name: tensor}, "optimizer": {name: tensor}, "progress": {...}, "slots": {"0": {...}, ...}}:
     plain tensors or DTensors, in whatever division; values that JSON can hold; and this rank's slots.

@@ -29,7 +29,7 @@ from minimax_m1.training.checkpoint import Checkpoints
 from minimax_m1.training.parallel import World
 
 SHAPES = {"a": (3, 50), "b": (7,), "c": (40, 500), "d": (4, 6, 5)}
-LONGEST_RUN = 0.3  # seconds for each rank; some ten saves
+SAVE_SECONDS = 0.1  # more than one save takes, or restarts would be all that is tested
 
 
 def make_state(world: World, step: int) -> dict[str, Any]:
@@ -72,14 +72,11 @@ def train(world: World, folder: Path, report: int) -> None:
     tell("loaded", step)
     while True:
         step += 1
-        state = make_state(world, step)
-        saving = step
-        checkpoints.save(saving, state)
-        tell("complete", saving - 1)  # save() waits for the one before it
+        checkpoints.save(step, make_state(world, step))
         while checkpoints.saving is not None:
             checkpoints.poll()
             time.sleep(0.001)
-        tell("complete", saving)
+        tell("complete", step)
 
 
 def main(folder: Path, kills: int, ranks: int, seed: int) -> None:
@@ -92,8 +89,9 @@ def main(folder: Path, kills: int, ranks: int, seed: int) -> None:
         reading, writing = os.pipe()
         pids = fork_ranks(ranks, train, folder, writing)
         os.close(writing)
-        lines = [] if 0 < kill < kills and rng.random() < 0.1 else read_lines(reading, "loaded")  # or while it starts
-        time.sleep(rng.random() * LONGEST_RUN * ranks)
+        # Some saves, and a part of one; some runs are killed while they start.
+        lines = [] if 0 < kill < kills and rng.random() < 0.1 else read_lines(reading, 1 + rng.randrange(4))
+        time.sleep(rng.random() * SAVE_SECONDS)
         for pid in rng.sample(pids, rng.randint(1, len(pids))):  # one or all
             os.kill(pid, signal.SIGKILL)
         leave(pids)
@@ -113,15 +111,15 @@ def main(folder: Path, kills: int, ranks: int, seed: int) -> None:
     )
 
 
-def read_lines(reading: int, until: str | None) -> list[str]:
-    """Read what a run tells until a line begins with `until`, or (None) all that is there."""
+def read_lines(reading: int, until: int | None) -> list[str]:
+    """Read what a run tells, until so many lines have come or (None) all that is there."""
     text = b""
-    deadline = time.monotonic() + 60
-    while until is None or not any(line.startswith(until.encode()) for line in text.splitlines()):
+    deadline = time.monotonic() + 120
+    while until is None or text.count(b"\n") < until:
         ready, _, _ = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))
         chunk = os.read(reading, 1 << 16) if ready else b""
         if not chunk:
-            assert until is None, "a run ended, or said nothing for a minute"
+            assert until is None, "a run ended, or said nothing for two minutes, before it was killed"
             break
         text += chunk
     return text.decode().splitlines()

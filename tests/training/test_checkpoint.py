@@ -244,6 +244,6 @@ def run(arguments: list[str]) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]

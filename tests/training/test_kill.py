@@ -20,11 +20,11 @@ def kill(folder: Path, kills: int, ranks: int) -> None:
     script = Path(__file__).with_name("kill_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script), str(folder), str(kills), str(ranks), "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + 10 * kills)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 + 10 * kills)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     print(found)
-    assert found["last"] >= kills / 4, "hardly anything was saved, so hardly anything was tested"
+    assert found["last"] >= kills, "hardly anything was saved, so hardly anything was tested"
 
 
 def test_a_process_killed_at_any_moment(tmp_path: Path) -> None:
