@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from minimax_m1.training.parallel import (
     parallelize,
     sum_over_ranks,
 )
+from minimax_m1.training.report import write_report
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.stream import SampleStream
 from minimax_m1.training.vocabulary import build_tokenizer, extend_embeddings
@@ -102,12 +104,13 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
             if settings.stage(progress.step) != progress.stage:
                 progress.stage = settings.stage(progress.step)
                 run.enter_stage(settings)
-                log.write({"step": progress.step, "event": f"window {settings.window[progress.stage]:,}"})
+                log.write({"step": progress.step + 1, "event": f"window {settings.window[progress.stage]:,}"})
             batches = [stream.next_batch(world.device, settings.backend) for stream in streams.values()]
             result = train_step(model, optimizers, batches, world, settings, progress.step)
             progress.step += 1
             progress.tokens += round(result["step_tokens"])
             meter.add(result, batches)
+            log.advance(progress.step)
             watch_gradients(progress, result, settings, log)
             if progress.step % settings.log_every == 0 or progress.step in (1, settings.steps):
                 log.write(meter.line(progress, settings))
@@ -121,6 +124,8 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
                 _or_stop(settings.bad_saves, f"output: {error}", progress.step, log)
         checkpoints.wait()
     export(model, tokenizer, settings, output / "model", world)
+    if world.is_main:
+        _write_report(output)
     return model
 
 
@@ -150,15 +155,15 @@ def train_step(
     if num_targets == 0:
         raise UserError("mixture: a whole step has no token that the loss falls on; accepted: data with some")
 
-    sums, loads = torch.zeros(4, device=world.device), torch.zeros((), device=world.device)
+    sums, loads = torch.zeros(4, dtype=torch.float64, device=world.device), torch.zeros((), device=world.device)
     for part in parts:
         losses = packed_losses(model, part, settings.z_loss, world)
         balance = losses.balance / settings.batches_per_step
         (losses.loss / num_targets + aux_coefficient * balance).backward()
         values = losses.cross_entropy, losses.squares, losses.hits
-        sums += torch.stack([*values, balance.detach() * num_targets / world.num_context_ranks]).float()
+        sums += torch.stack([*values, balance.detach() * num_targets / world.num_context_ranks])
         loads = loads + losses.expert_counts
-    totals = sum_over_ranks(torch.cat((sums.double(), loads.double().flatten())), world).tolist()
+    totals = sum_over_ranks(torch.cat((sums, loads.double().flatten())), world).tolist()
     loss, squares, accuracy, balance = (total / num_targets for total in totals[:4])
 
     norms = gradient_norms(model, world)
@@ -182,6 +187,14 @@ def train_step(
         "step_tokens": num_tokens,
         **({"skipped": True} if skipped else {}),
     }
+
+
+def _write_report(output: Path) -> None:
+    """Write report.html; where it cannot be drawn the run has ended well all the same."""
+    try:
+        print(f"{output / 'model'}: the model; {write_report(output)}: the report", file=sys.stderr)
+    except UserError as error:
+        print(f"{output / 'model'}: the model; no report: {error}", file=sys.stderr)
 
 
 # -- what a checkpoint holds ------------------------------------------------------------------------------------------
