@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -109,6 +111,9 @@ class TrainSettings:
         for name, share in self.mixture.items():
             is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
             _require(is_number, f"mixture.{name}", share, "a number from 0: a share of the tokens")
+            if name not in NANO_TASKS and not re.search(r"[./\\*]", name):  # nor does it look like a file
+                near = difflib.get_close_matches(name, NANO_TASKS, n=1, cutoff=0.0)[0]
+                _require(False, "mixture", name, f"families (the nearest: {near!r}), and data files or patterns")
         weights = self.mixture.values()
         _require(min(weights, default=-1) >= 0 < sum(weights), "mixture", self.mixture, "weights from 0, one above it")
         _require(len(self.aux_loss) <= 2 and min(self.aux_loss, default=0) >= 0, "aux_loss", self.aux_loss, "up to two")
