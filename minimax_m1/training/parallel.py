@@ -346,6 +346,19 @@ def full_weights(model: MiniMaxM1ForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
+def gather_weights(model: MiniMaxM1ForCausalLM, whole: MiniMaxM1ForCausalLM | None) -> None:
+    """Copy the weights of a divided network into `whole`, whose parameters have the same names. Every rank must call
+    this; with None it only gives its parts to others.
+
+    Generation needs a whole network: it runs in inference mode, of which FSDP2 is not capable.
+    """
+    parameters = {} if whole is None else dict(whole.named_parameters())
+    for name, weight in full_weights(model):
+        if parameters:
+            parameters[name].copy_(weight)
+
+
+@torch.no_grad()
 def load_weights(model: MiniMaxM1ForCausalLM, folder: Path) -> None:
     """Load a checkpoint folder into a network, divided or not: each rank its parts, tensor by tensor.
 

@@ -23,6 +23,7 @@ from minimax_m1.training.parallel import (
     context_balance_loss,
     context_part,
     full_weights,
+    gather_weights,
     gradient_norms,
     init_world,
     load_weights,
@@ -149,6 +150,10 @@ def ways_agree(model: MiniMaxM1ForCausalLM, world: World, settings: TrainSetting
         fill()
         pairs = zip(full_weights(model), full_weights(other), strict=True)
         same[way] = all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    original, copy = MiniMaxM1ForCausalLM(CONFIG), MiniMaxM1ForCausalLM(CONFIG)
+    original.init_weights(seed=1)
+    gather_weights(model, copy if world.is_main else None)
+    same["gather"] = all(torch.equal(x, y) for x, y in zip(original.parameters(), copy.parameters(), strict=True))
     for weight, (_, whole) in zip(model.parameters(), full_weights(model), strict=True):
         if weight.dim() > 1:
             squared = on_whole_matrices(lambda x: x @ x.mT @ x, weight.detach())
