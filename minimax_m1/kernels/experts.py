@@ -77,7 +77,7 @@ def expert_mlp(
         return expert_mlp_reference(x, w13, w2, expert_ids, expert_weights)
     rows = row_kernel_rows(x, backend, num_decodes, w13, w2, expert_weights)
     min_rows = MIN_ROWS if num_decodes is not None else 1
-    if rows == x.shape[0]:
+    if rows and rows == x.shape[0]:
         return compiled.experts(x, w13, w2, expert_ids, expert_weights)
     if rows == 0:
         return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights, min_rows)

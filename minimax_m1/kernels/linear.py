@@ -66,7 +66,7 @@ def float32_linear(x: Tensor, weight: Tensor, backend: str | None = None, num_de
 def _linear(x: Tensor, weight: Tensor, backend: str | None, num_decodes: int | None, widen: bool) -> Tensor:
     """Run the first rows through the row kernel, the rest through `matmul`, the weight widened to x's dtype or not."""
     rows = row_kernel_rows(x, backend, num_decodes, weight)
-    if rows == x.shape[0]:
+    if rows and rows == x.shape[0]:
         return compiled.linear(x, weight)
     min_rows = MIN_ROWS if num_decodes is not None else 1
     rest = matmul(x[rows:], weight.to(x.dtype) if widen else weight, backend, min_rows)

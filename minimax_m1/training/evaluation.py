@@ -19,7 +19,7 @@ from minimax_m1.tasks import NANO_TASKS
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.training.data import IGNORED, PackedBatch, make_sample, pack, prompt_ids
 from minimax_m1.training.loss import packed_losses
-from minimax_m1.training.parallel import World
+from minimax_m1.training.parallel import World, gather_weights
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.stream import SampleStream
 
@@ -65,15 +65,30 @@ class Evaluation:
 
     @torch.no_grad()
     def _sample(self, model: MiniMaxM1ForCausalLM, step: int) -> None:
+        if self.world.mesh is not None:
+            model = self._whole(model)
+        if not self.world.is_main:
+            return
         prompts = [prompt_ids(self.tokenizer, prompt) for prompt in self.settings.sample_prompts]
         params = SamplingParams(temperature=0.0, max_new_tokens=self.settings.sample_tokens)
         outputs = generate_batch(model, prompts, params, tokenizer=self.tokenizer)
-        if not self.world.is_main:
-            return
         with (self.settings.output / "samples.jsonl").open("a", encoding="utf-8") as file:
             for prompt, ids in zip(self.settings.sample_prompts, outputs, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+
+    def _whole(self, model: MiniMaxM1ForCausalLM) -> MiniMaxM1ForCausalLM:
+        """Return on the main rank a network with all weights of one that is divided: generation needs it."""
+        if not self.world.is_main:
+            gather_weights(model, None)
+            return model
+        whole = MiniMaxM1ForCausalLM(model.config).to(self.world.device)
+        if self.settings.lora_rank:
+            from minimax_m1.training.lora import add_lora
+
+            add_lora(whole, self.settings)
+        gather_weights(model, whole)
+        return whole.eval()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from minimax_m1.accounting import training_flops
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
+from minimax_m1.planning import GPUS
 from minimax_m1.settings import to_toml
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.training.checkpoint import Checkpoints, SaveError
@@ -72,61 +73,58 @@ def train(settings: TrainSettings) -> MiniMaxM1ForCausalLM:
 
 def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
     output = settings.output
-    checkpoints = Checkpoints(output / "checkpoints", settings.keep, world)
-    newest = checkpoints.newest()
-    if newest is not None and not settings.resume:
-        raise UserError(f"output: {output} holds checkpoints of another run; choose another folder, or resume it")
-    tokenizer = build_tokenizer(settings)
-    sum_over_ranks([0.0], world)  # every rank has looked into output: now it may be written
-    model = build_model(settings, tokenizer, world)
-    optimizers = build_optimizers(model, settings)
-    slots = range(world.data_rank, settings.batches_per_step, world.num_data_ranks)
-    streams = {slot: SampleStream(settings, tokenizer, slot, settings.window[0]) for slot in slots}
-    run = RunState(model, optimizers, streams, Progress())
-    if newest is not None:
-        state = run.state()
-        checkpoints.load(newest, state)
-        run.load(state)
-    run.enter_stage(settings)
+    with Checkpoints(output / "checkpoints", settings.keep, world) as checkpoints:
+        newest = checkpoints.newest()
+        if newest is not None and not settings.resume:
+            raise UserError(f"output: {output} holds checkpoints of another run; choose another folder, or resume it")
+        tokenizer = build_tokenizer(settings)
+        model = build_model(settings, tokenizer, world)
+        optimizers = build_optimizers(model, settings)
+        slots = range(world.data_rank, settings.batches_per_step, world.num_data_ranks)
+        streams = {slot: SampleStream(settings, tokenizer, slot, settings.window[0]) for slot in slots}
+        run = RunState(model, optimizers, streams, Progress())
+        if newest is not None:
+            state = run.state()
+            checkpoints.load(newest, state)
+            run.load(state)
+        sum_over_ranks([0.0], world)  # every rank has looked into output: now it may be written
+        if world.is_main:
+            _write_recipe(output, settings, tokenizer)
+        _loop(run, settings, world, checkpoints, Evaluation(settings, tokenizer, world))
+    export(model, tokenizer, settings, output / "model", world)
     if world.is_main:
-        _write_recipe(output, settings, tokenizer)
+        _write_report(output)
+    return model
 
-    progress, evaluation = run.progress, Evaluation(settings, tokenizer, world)
+
+def _loop(
+    run: RunState, settings: TrainSettings, world: World, checkpoints: Checkpoints, evaluation: Evaluation
+) -> None:
+    """Train from where `run` stands to the last step."""
+    model, progress = run.model, run.progress
+    meter, is_main = Meter(model, world, settings.dtype), world.is_main
+    run.enter_stage(settings)
     with RunLog(
-        output,
-        settings.steps,
-        resume_step=progress.step,
-        tensorboard=settings.tensorboard,
-        is_main=world.is_main,
+        settings.output, settings.steps, resume_step=progress.step, tensorboard=settings.tensorboard, is_main=is_main
     ) as log:
-        meter = Meter(model, world)
         while progress.step < settings.steps:
             if settings.stage(progress.step) != progress.stage:
                 progress.stage = settings.stage(progress.step)
                 run.enter_stage(settings)
                 log.write({"step": progress.step + 1, "event": f"window {settings.window[progress.stage]:,}"})
-            batches = [stream.next_batch(world.device, settings.backend) for stream in streams.values()]
-            result = train_step(model, optimizers, batches, world, settings, progress.step)
+            batches = [stream.next_batch(world.device, settings.backend) for stream in run.streams.values()]
+            result = train_step(model, run.optimizers, batches, world, settings, progress.step)
             progress.step += 1
             progress.tokens += round(result["step_tokens"])
             meter.add(result, batches)
             log.advance(progress.step)
             watch_gradients(progress, result, settings, log)
-            if progress.step % settings.log_every == 0 or progress.step in (1, settings.steps):
+            is_last = progress.step == settings.steps
+            if progress.step % settings.log_every == 0 or progress.step == 1 or is_last:
                 log.write(meter.line(progress, settings))
-            if settings.eval_every and (progress.step % settings.eval_every == 0 or progress.step == settings.steps):
+            if settings.eval_every and (progress.step % settings.eval_every == 0 or is_last):
                 log.write({"step": progress.step, **evaluation.run(model, progress.step)})
-            try:
-                if progress.step % settings.save_every == 0 or progress.step == settings.steps:
-                    checkpoints.save(progress.step, run.state())
-                checkpoints.poll()
-            except SaveError as error:
-                _or_stop(settings.bad_saves, f"output: {error}", progress.step, log)
-        checkpoints.wait()
-    export(model, tokenizer, settings, output / "model", world)
-    if world.is_main:
-        _write_report(output)
-    return model
+            save(run, checkpoints, settings, log)
 
 
 def train_step(
@@ -282,15 +280,36 @@ def _or_stop(policy: str, what: str, step: int, log: RunLog) -> None:
     log.write({"step": step, "event": what})
 
 
+def save(run: RunState, checkpoints: Checkpoints, settings: TrainSettings, log: RunLog) -> None:
+    """Save where the settings say so, and see to the end of what is being written.
+
+    Raises:
+        UserError: a checkpoint could not be written, and bad_saves says stop.
+    """
+    step = run.progress.step
+    is_last = step == settings.steps
+    try:
+        checkpoints.poll()
+    except SaveError as error:
+        _or_stop(settings.bad_saves, str(error), step, log)
+    try:
+        if step % settings.save_every == 0 or is_last:
+            checkpoints.save(step, run.state())
+        if is_last:
+            checkpoints.wait()
+    except SaveError as error:
+        _or_stop(settings.bad_saves, str(error), step, log)
+
+
 # -- speed ------------------------------------------------------------------------------------------------------------
 
 
 class Meter:
     """What happened since the last line of metrics: time, tokens, expert load, and the share of the peak reached."""
 
-    def __init__(self, model: MiniMaxM1ForCausalLM, world: World) -> None:
+    def __init__(self, model: MiniMaxM1ForCausalLM, world: World, dtype: str) -> None:
         self.model, self.world = model, world
-        self.peak_flops = peak_flops(world.device)
+        self.peak_flops = peak_flops(world.device, dtype)
         self.reset()
 
     def reset(self) -> None:
@@ -327,15 +346,12 @@ class Meter:
         return line
 
 
-# The dense bfloat16 peak of a GPU in FLOP/s, from NVIDIA's data sheets.
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
+def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Return the peak FLOP/s of this rank's device: of a CPU measured on a float32 product, None if unknown."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in GPU_PEAKS.items() if key in name), None)
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+        gpu = next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
+        return None if gpu is None else gpu.flops if dtype == "bfloat16" else gpu.float32_flops
     a = torch.randn(1024, 1024)
     best = math.inf
     for _ in range(5):
