@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimax_m1.kernels import choose
@@ -145,7 +146,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     has_past = 1 < q.shape[0] < k.shape[1] and (window is None or window >= k.shape[1])
     if has_past and q.is_cpu and q.dtype != torch.float64:
         return _AttendBehindPast.apply(q, k, v)
+    if has_past:
+        return _attend_lower_right(q, k, v)
     return attend_torch(q, k, v, window)
+
+
+def _attend_lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """n query tokens behind L - n earlier ones: PyTorch's flash kernel for GPUs knows this mask, which is never made.
+
+    Where that kernel does not fit (float32, float64), PyTorch makes the mask, [n, L] bool.
+    """
+    from torch.nn.attention.bias import causal_lower_right
+
+    mask = causal_lower_right(q.shape[0], k.shape[1])
+    o = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], mask, enable_gqa=True)
+    return o[0].transpose(0, 1)
 
 
 class _AttendBehindPast(torch.autograd.Function):

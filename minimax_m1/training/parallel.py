@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,9 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     everyone = _data_mesh(mesh, ("dp_shard", "expert_parallel", "context_parallel"))
+    axis = partial(_axis_to_divide, num_ranks=everyone.size(-1))
     # After every forward weights are given back, so that named_parameters() are always the parts.
-    options: dict[str, Any] = dict(mesh=everyone, reshard_after_forward=True)
+    options: dict[str, Any] = dict(mesh=everyone, reshard_after_forward=True, shard_placement_fn=axis)
 
     fully_shard(model.model.embed_tokens, mp_policy=policy, **options)
     experts_mesh = _data_mesh(mesh, ("dp_shard", "context_parallel"))
@@ -195,7 +197,7 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
         assert isinstance(layer, DecoderLayer)
         moe = layer.block_sparse_moe
         if mesh["expert_parallel"].size() > 1:  # axis 0, the experts, is divided already
-            by_row = dict(options, mesh=experts_mesh, shard_placement_fn=lambda weight: Shard(1))
+            by_row = {**options, "mesh": experts_mesh, "shard_placement_fn": lambda weight: Shard(1)}
             fully_shard(moe.experts, mp_policy=policy, **by_row)
         if policy is not float32:
             fully_shard(moe.gate, mp_policy=float32, **options)
@@ -210,6 +212,12 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
     register_fsdp_forward_method(model, "forward_packed")
     for name in ("token_losses", "logits"):
         register_fsdp_forward_method(model.lm_head, name)
+
+
+def _axis_to_divide(weight: Tensor, num_ranks: int) -> Shard:
+    """The first; but the rows of a stack of experts that cannot be divided evenly: M1 has 32, on many more ranks."""
+    is_uneven = weight.dim() == 3 and weight.shape[0] % num_ranks != 0
+    return Shard(1 if is_uneven and weight.shape[1] % num_ranks == 0 else 0)
 
 
 def _data_mesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:

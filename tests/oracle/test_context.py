@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimax_m1.kernels.context import ContextPart, _AttendBehindPast
+from minimax_m1.kernels.context import ContextPart, _attend_lower_right, _AttendBehindPast
 from tests.ranks import launch
 from tests.tolerances import KERNEL, relative_error
 
@@ -42,7 +42,7 @@ def test_every_row_is_in_one_part_behind_its_own_past(lengths, num_ranks):
 
 
 @pytest.mark.parametrize(("chunk", "past"), [(2, 1), (2, 300), (65, 64), (300, 1), (130, 257)])
-def test_fused_kernels_behind_a_past_give_exact_gradients(chunk, past):
+def test_queries_behind_a_past_give_exact_gradients(chunk, past):
     generator = torch.Generator().manual_seed(chunk)
 
     def draw(*shape):
@@ -54,9 +54,11 @@ def test_fused_kernels_behind_a_past_give_exact_gradients(chunk, past):
     visible = torch.arange(past + chunk) <= past + torch.arange(chunk)[:, None]
     probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     expected = torch.einsum("hnl,hld->nhd", probs, wide[2].repeat_interleave(2, 0))
-    narrow = [x.float().requires_grad_() for x in (q, k, v)]
-    actual = _AttendBehindPast.apply(*narrow)
-    assert relative_error(actual, expected) < KERNEL[torch.float32]
-    grads = torch.autograd.grad((actual * noise.float()).sum(), narrow)
-    for a, e in zip(grads, torch.autograd.grad((expected * noise).sum(), wide), strict=True):
-        assert relative_error(a, e) < KERNEL[torch.float32]
+    expected_grads = torch.autograd.grad((expected * noise).sum(), wide)
+    for attend in (_AttendBehindPast.apply, _attend_lower_right):
+        narrow = [x.float().requires_grad_() for x in (q, k, v)]
+        actual = attend(*narrow)
+        assert relative_error(actual, expected) < KERNEL[torch.float32]
+        grads = torch.autograd.grad((actual * noise.float()).sum(), narrow)
+        for a, e in zip(grads, expected_grads, strict=True):
+            assert relative_error(a, e) < KERNEL[torch.float32]

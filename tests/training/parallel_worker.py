@@ -43,6 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "replicate 2": {"dp_replicate": 2, "activation_checkpointing": True},
     "expert 2": {"expert_parallel": 2},
     "context 2": {"context_parallel": 2, "activation_checkpointing": True},
+    "shard 2, 3 experts": {"dp_shard": 2, "experts": 3},
     "shard 2, bfloat16": {"dp_shard": 2, "dtype": "bfloat16"},
     "shard 4": {"dp_shard": 4},
     "replicate 2, shard 2": {"dp_replicate": 2, "dp_shard": 2},
@@ -73,8 +74,14 @@ CONFIG = MiniMaxM1Config(
 LENGTHS = ([61], [20, 1, 33, 7], [5, 6, 4, 30, 3, 2, 9], [2, 50, 1, 1, 9])
 
 
-def make_settings(**layout: Any) -> TrainSettings:
+def make_settings(experts: int = 4, **layout: Any) -> TrainSettings:
     return TrainSettings(**{"dp_shard": 1, "batches_per_step": NUM_SLOTS, **layout})
+
+
+def make_model(experts: int = 4, **layout: Any) -> MiniMaxM1ForCausalLM:
+    model = MiniMaxM1ForCausalLM(CONFIG.replace(num_local_experts=experts))
+    model.init_weights(seed=1)
+    return model
 
 
 def make_batch(step: int, slot: int) -> PackedBatch:
@@ -123,8 +130,7 @@ def run_layout(name: str, folder: Path) -> dict[str, Any]:
     """Run the steps; of some layouts also store the weights, and see whether all ways of making them agree."""
     settings = make_settings(**LAYOUTS[name])
     world = init_world(settings)
-    model = MiniMaxM1ForCausalLM(CONFIG)
-    model.init_weights(seed=1)
+    model = make_model(**LAYOUTS[name])
     parallelize(model, world, settings)
     if name not in STORED:
         return {**run(model, world), "sums": probe(model)}
@@ -150,8 +156,7 @@ def ways_agree(model: MiniMaxM1ForCausalLM, world: World, settings: TrainSetting
         fill()
         pairs = zip(full_weights(model), full_weights(other), strict=True)
         same[way] = all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-    original, copy = MiniMaxM1ForCausalLM(CONFIG), MiniMaxM1ForCausalLM(CONFIG)
-    original.init_weights(seed=1)
+    original, copy = make_model(), MiniMaxM1ForCausalLM(CONFIG)
     gather_weights(model, copy if world.is_main else None)
     same["gather"] = all(torch.equal(x, y) for x, y in zip(original.parameters(), copy.parameters(), strict=True))
     for weight, (_, whole) in zip(model.parameters(), full_weights(model), strict=True):
