@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minimax_m1.benchmark import engine, llama_cpp, network, server
+from minimax_m1.benchmark import engine, llama_cpp, network, server, training
 from minimax_m1.benchmark.measure import Figure, Machine, as_line, measure_machine, processor
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
@@ -20,7 +20,7 @@ from minimax_m1.kernels import choose
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.settings import BenchSettings
 
-CASES = (*network.CASES, *engine.CASES, server.CASE, llama_cpp.CASE)
+CASES = (*network.CASES, *training.CASES, *engine.CASES, server.CASE, llama_cpp.CASE)
 
 
 def main(settings: BenchSettings) -> None:
@@ -66,11 +66,12 @@ def _run_size(
     config = MiniMaxM1Config.preset(size)
     model = _random_model(config.replace(rotary_dim=config.head_dim))
     twin = None
-    if with_peer and set(cases) & {*network.CASES, *engine.CASES}:
+    if with_peer and set(cases) & {*network.CASES, *training.CASES, *engine.CASES}:
         twin = network.transformers_twin(model)
         network.check_same(model, twin)
     yield from engine.run(size, model, twin, machine, cases, quick=settings.quick)
     yield from network.run(size, model, twin, machine, cases, quick=settings.quick)
+    yield from training.run(size, model, twin, machine, cases, quick=settings.quick)
     if server.CASE in cases:
         yield from server.run(size, model, quick=settings.quick)
     del model, twin

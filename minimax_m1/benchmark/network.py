@@ -1,4 +1,4 @@
-"""The network beside Transformers' port of it: same weights, same function, in turn; training and inference."""
+"""The network beside Transformers' port of it: same weights, same function, in turn."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_m1.accounting import prefill_flops, training_flops
-from minimax_m1.batch import ForwardBatch
+from minimax_m1.accounting import prefill_flops
 from minimax_m1.benchmark.measure import Figure, Machine, median_seconds
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.generation import PREFILL_CHUNK
-from minimax_m1.model import MiniMaxM1ForCausalLM, load_balancing_loss
+from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.quantization import quantized_matrices
 
-CASES = ("prefill-8k", "prefill-32k", "decode-1", "decode-8", "train", "decode-context", "bfloat16", "memory-128k")
+CASES = ("prefill-8k", "prefill-32k", "decode-1", "decode-8", "decode-context", "bfloat16", "memory-128k")
 
 
 def run(
@@ -38,8 +36,6 @@ def run(
     for case, batch_size in (("decode-1", 1), ("decode-8", 8)):
         if case in cases:
             yield _decode(f"{size} {case}", model, twin, batch_size, rounds, machine)
-    if "train" in cases:
-        yield _train(f"{size} train 4x512", model, twin, machine, rounds)
     if "decode-context" in cases:
         far = 2048 if quick else 32_768
         near, long = (DecodeOurs(model, 1, n).run(24) for n in (1024, far))
@@ -140,46 +136,6 @@ def bytes_per_step(model: MiniMaxM1ForCausalLM, batch_size: int) -> float:
     sizes = {name: p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name}
     sizes |= {name: w.tiles.nbytes + w.scales.nbytes for name, w in quantized_matrices(model).items()}
     return sum(size * (touched if ".experts." in name else 1) for name, size in sizes.items())
-
-
-def _train(name: str, model: MiniMaxM1ForCausalLM, twin: Any, machine: Machine, rounds: int) -> Figure:
-    ids = torch.randint(0, model.config.vocab_size, (4, 512))
-    steps = [_train_step_ours(model, ids)] + ([_train_step_peer(twin, ids)] if twin is not None else [])
-    seconds = median_seconds(rounds, steps, twin)
-    ceiling = ids.numel() * machine.gemm_flops / training_flops(model.config, [512] * 4)
-    figure = Figure(name, "tok/s", ids.numel() / seconds[0], twin and ids.numel() / seconds[1], ceiling)
-    for net in (model, twin):
-        if net is not None:
-            net.eval().zero_grad(set_to_none=True)
-    return figure
-
-
-def _train_step_ours(model: MiniMaxM1ForCausalLM, ids: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    batch = ForwardBatch.packed([ids.shape[1]] * ids.shape[0])
-    targets = F.pad(ids, (0, 1), value=-100)[:, 1:].flatten()
-
-    def step() -> None:
-        hidden, routings = model.forward_packed(ids.flatten(), batch)
-        loss = F.cross_entropy(model.compute_logits(hidden), targets)
-        loss = loss + model.config.router_aux_loss_coef * load_balancing_loss(routings)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _train_step_peer(twin: Any, ids: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-6, fused=True)
-
-    def step() -> None:
-        twin.train()
-        twin(ids, labels=ids, output_router_logits=True, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def _bfloat16(size: str, model: MiniMaxM1ForCausalLM, rounds: int) -> Iterator[Figure]:
