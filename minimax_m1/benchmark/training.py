@@ -6,6 +6,7 @@ A step has four samples of 512 tokens, or SAMPLES of mixed lengths; ours are lai
 from __future__ import annotations
 
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile
 
 from minimax_m1.accounting import training_flops
 from minimax_m1.benchmark.measure import Figure, Machine
@@ -24,12 +26,13 @@ from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.training.data import PackedBatch, Sample, pack
 from minimax_m1.training.loss import packed_losses
 from minimax_m1.training.optimizer import build_optimizers
-from minimax_m1.training.parallel import init_world
+from minimax_m1.training.parallel import init_world, parallelize
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.trainer import train_step
 
 CASES = ("train", "train-mix", "memory-train-32k")
 TOKENS = 2048
+PRODUCT = re.compile(r"^aten::(mm|bmm|addmm_?|_scaled_dot_product.*)$")  # the profiler's names
 SAMPLES, LENGTHS_SEED = 8, 0  # of a step of mixed lengths
 
 
@@ -44,9 +47,10 @@ def run(
         ours, theirs = _seconds(model, twin, [samples], rounds)
         name, ceiling = f"{size} train 4x512", TOKENS * machine.gemm_flops / flops
         yield Figure(name, "tok/s", TOKENS / ours, twin and TOKENS / theirs, ceiling)
-        # without the optimizer, whose time does not grow with the batch
-        seconds = _forward_backward_seconds(model, pack(samples), rounds)
+        # without the optimizer, whose time does not grow with the batch; and of that the products alone
+        seconds, products = _forward_backward_seconds(model, pack(samples), rounds)
         yield Figure(f"{name}, no optimizer", "tok/s", TOKENS / seconds, None, ceiling)
+        yield Figure(f"{name}, its products", "GFLOP/s", flops / products / 1e9, None, machine.gemm_flops / 1e9)
     if "train-mix" in cases:
         steps = [random_samples(model.config.vocab_size, lengths) for lengths in length_mix(rounds)]
         num_tokens = statistics.mean(sum(len(sample.ids) for sample in step) for step in steps)
@@ -57,14 +61,11 @@ def run(
         yield Figure(f"{size} packed / padded, both ours", "tok/s", num_tokens / ours, num_tokens / alone)
     if "memory-train-32k" in cases and size == "small":
         length = 2048 if quick else 32_768
-        for checkpointing in (False, True):
-            how = ", layers recomputed" if checkpointing else ""
-            call = f"train_alone({size!r}, {length}, {checkpointing})"
-            code = f"from minimax_m1.benchmark.training import train_alone; {call}"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            before, peak = map(int, done.stdout.split())
-            yield Figure(f"{size} train {length // 1024}k peak memory{how}", "GB", peak / 1e9)
-            yield Figure(f"{size} weights, gradients, moments", "GB", before / 1e9)
+        code = f"from minimax_m1.benchmark.training import train_alone; train_alone({size!r}, {length})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        short, peak = map(int, done.stdout.split())
+        yield Figure(f"{size} train, peak memory, one sequence of {length // 1024}k", "GB", peak / 1e9)
+        yield Figure(f"{size} train, peak memory, one of 64 tokens", "GB", short / 1e9)
 
 
 def length_mix(count: int) -> list[list[int]]:
@@ -155,29 +156,35 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
-def _forward_backward_seconds(model: MiniMaxM1ForCausalLM, batch: PackedBatch, rounds: int) -> float:
-    """Return the median seconds of a forward and backward pass alone; gradients keep their memory."""
-    seconds = []
+def _forward_backward_seconds(model: MiniMaxM1ForCausalLM, batch: PackedBatch, rounds: int) -> tuple[float, float]:
+    """Return the median seconds of a forward and backward pass alone, and those of its matrix products.
+
+    Gradients keep their memory. Attention counts as products: its fused kernels are not taken apart.
+    """
+    seconds, products = [], []
     model.train()
     for _ in range(rounds + 1):
-        start = time.perf_counter()
-        packed_losses(model, batch).loss.backward()
-        seconds.append(time.perf_counter() - start)
+        with profile(use_kineto=False) as profiled:
+            start = time.perf_counter()
+            packed_losses(model, batch).loss.backward()
+            seconds.append(time.perf_counter() - start)
+        events = profiled.key_averages()
+        products.append(sum(event.self_cpu_time_total for event in events if PRODUCT.search(event.key)) / 1e6)
     model.eval().zero_grad(set_to_none=True)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[1:]), statistics.median(products[1:])
 
 
-def train_alone(size: str, length: int, checkpointing: bool) -> None:
-    """Take a step on one random sequence in this process; print its resident bytes before, with weights, gradients and
-    moments there, and its peak."""
+def train_alone(size: str, length: int) -> None:
+    """Take a step on one random sequence of 64 tokens and one on `length`, layers recomputed; print this process's peak
+    memory in bytes after each."""
     scale = 1 if sys.platform == "darwin" else 1024
-    settings = TrainSettings(tokens_per_batch=length, window=(length,), activation_checkpointing=checkpointing)
+    settings = TrainSettings(tokens_per_batch=length, window=(length,), activation_checkpointing=True)
     world = init_world(settings)
     model = MiniMaxM1ForCausalLM(MiniMaxM1Config.preset(size))
     model.init_weights(0)
+    parallelize(model, world, settings)
     optimizers = build_optimizers(model, settings)
-    model.model.activation_checkpointing = checkpointing
-    train_step(model, optimizers, [pack(random_samples(model.config.vocab_size, [64]))], world, settings, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    train_step(model, optimizers, [pack(random_samples(model.config.vocab_size, [length]))], world, settings, 1)
-    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    for step, tokens in enumerate((64, length)):
+        samples = random_samples(model.config.vocab_size, [tokens])
+        train_step(model, optimizers, [pack(samples)], world, settings, step)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)

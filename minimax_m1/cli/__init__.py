@@ -158,6 +158,7 @@ def convert(*, settings: Annotated[ConvertSettings, Fields]) -> None:
 @app.command
 def bench(*, settings: Annotated[BenchSettings, Fields] = BenchSettings()) -> None:
     """Measure this machine, and this package on it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once: PyTorch's profiler would write between our lines
     from minimax_m1.benchmark import main
 
     main(settings)

@@ -298,6 +298,10 @@ class MiniMaxM1Tokenizer:
         """Whether the safe places to cut, which were worked out for two expressions, hold here."""
         return self._backend.normalizer is None and self.split_patterns in ([O200K_SPLIT], [SINGLE_DIGIT_SPLIT])
 
+    def pieces(self, text: str) -> list[int]:
+        """Return the ids that the merges make of `text`, uncut and spelled in byte characters as in `get_vocab`."""
+        return [piece.id for piece in self._backend.model.tokenize(text)]
+
     @property
     def split_patterns(self) -> list[str]:
         """The regular expressions that cut a text into the pieces inside which merges apply."""

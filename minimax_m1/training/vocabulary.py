@@ -103,7 +103,7 @@ def extend_embeddings(
     state["model.embed_tokens.weight"] = embedding.new_empty(len(new), embedding.shape[1])
     state["lm_head.weight"] = head.new_empty(len(new), head.shape[1])
     for token, row in vocab.items():
-        pieces = [known[token]] if token in known else old.encode(new.decode([row]))
+        pieces = [known[token]] if token in known else old.pieces(token)
         state["model.embed_tokens.weight"][row] = embedding[pieces].mean(0)
         state["lm_head.weight"][row] = head[pieces[0]]
     grown.load_state_dict(state)
