@@ -27,7 +27,7 @@ def info(settings: InfoSettings) -> None:
     facts = collect(settings.model)
     if settings.cache_bytes is not None:
         cache_bytes = parse_bytes("cache_bytes", settings.cache_bytes)
-        _, config = _find(settings.model)
+        _, config = find_config(settings.model)
         facts["cache"] = plan(config, cache_bytes, settings.max_batch_size)
     print(json.dumps(facts, indent=2) if settings.json else _as_text(facts))
 
@@ -38,7 +38,7 @@ def collect(model: str | None) -> dict[str, Any]:
     Raises:
         UserError: as `info`.
     """
-    name, config = _find(model)
+    name, config = find_config(model)
     return {
         "model": name,
         "architecture": {
@@ -81,7 +81,8 @@ def plan(config: MiniMaxM1Config, cache_bytes: int, max_batch_size: int) -> dict
     return {**dataclasses.asdict(found), "page_tokens": PAGE_SIZE, "used_bytes": found.used_bytes}
 
 
-def _find(model: str | None) -> tuple[str, MiniMaxM1Config]:
+def find_config(model: str | None) -> tuple[str, MiniMaxM1Config]:
+    """Return the name and config of a folder or a preset; of the shipped model for None."""
     if model is None:
         return shipped.NAME, MiniMaxM1Config.from_pretrained(shipped.path())
     if Path(model).is_dir():

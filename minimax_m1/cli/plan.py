@@ -14,8 +14,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimax_m1 import accounting, planning, scaling, shipped
-from minimax_m1.config import PRESETS, MiniMaxM1Config
+from minimax_m1 import accounting, planning, scaling
+from minimax_m1.cli.info import find_config
+from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.planning import Plan, Totals, Workload
 from minimax_m1.settings import PlanSettings
@@ -56,7 +57,7 @@ def plan(settings: PlanSettings) -> None:
 
 
 def _plan(settings: PlanSettings) -> dict[str, Any]:
-    name, config = _find(settings.model)
+    name, config = find_config(settings.model)
     length = settings.sequence_length
     workload = Workload(
         config=config,
@@ -284,7 +285,7 @@ def _plot_fit(axes: Axes, found: scaling.ScalingFit) -> None:
 
 
 def _compare(settings: PlanSettings) -> dict[str, Any]:
-    name, config = _find(settings.model or "minimax-m1")
+    name, config = find_config(settings.model or "minimax-m1")
     rows = []
     for cumulative in (False, True):
         for attention in accounting.DEEPSEEK_ATTENTION:
@@ -320,16 +321,6 @@ def _plot_comparison(axes: Axes, name: str, config: MiniMaxM1Config) -> None:
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
-
-
-def _find(model: str | None) -> tuple[str, MiniMaxM1Config]:
-    if model is None:
-        return shipped.NAME, MiniMaxM1Config.from_pretrained(shipped.path())
-    if Path(model).is_dir():
-        return model, MiniMaxM1Config.from_pretrained(model)
-    if model in PRESETS:
-        return model, MiniMaxM1Config.preset(model)
-    raise UserError(f"model: {model!r} cannot be used; accepted: a folder with config.json, or {', '.join(PRESETS)}")
 
 
 def _plot(path: Path, draw: Callable[[Axes], None]) -> None:
