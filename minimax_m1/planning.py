@@ -302,12 +302,15 @@ def rank_memory(workload: Workload, layout: Layout, tokens_per_batch: int, check
 def _expert_share(config: MiniMaxM1Config, layout: Layout) -> float:
     """Return what part of all experts' parameters a rank holds.
 
-    With an axis of experts their matrices are divided by rows; without, by experts, so that no more ranks than there
-    are experts hold any.
+    An even one, by whole experts or by rows of their matrices; only where neither their number nor the rows are a
+    multiple of the ranks, as many whole experts as the rank that has most of them.
     """
-    if layout.expert_parallel > 1:
-        return 1 / layout.state_ranks
-    return math.ceil(config.num_local_experts / layout.state_ranks) / config.num_local_experts
+    ranks, num_experts = layout.state_ranks, config.num_local_experts
+    if layout.expert_parallel > 1 or num_experts % ranks == 0:
+        return 1 / ranks
+    whole = math.ceil(num_experts / ranks) / num_experts
+    w13, w2 = (whole if rows % ranks else 1 / ranks for rows in (2 * config.intermediate_size, config.hidden_size))
+    return (2 * w13 + w2) / 3
 
 
 def layer_activation_bytes(config: MiniMaxM1Config, is_softmax: bool, b: int, layout: Layout) -> float:
@@ -414,7 +417,7 @@ def _gathering_seconds(workload: Workload, layout: Layout) -> float:
     others = parameters(config) - parameter_counts(config)["experts"]
     bytes_each = 2 * workload.compute_bytes + 4  # gathered twice, reduced once in float32
     held = _expert_share(config, layout) * parameter_counts(config)["experts"]
-    experts = held * layout.dp_shard * layout.context_parallel  # of a group, with padding where there are too few
+    experts = held * layout.dp_shard * layout.context_parallel  # of a group, with padding where they are uneven
     share = others / layout.state_ranks + held
     return (
         _gather_seconds(gpu, layout, ("dp_shard", "expert_parallel", "context_parallel"), bytes_each * others)

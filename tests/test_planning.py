@@ -153,9 +153,13 @@ def test_axes_divide_the_state_but_replicas_copy_it() -> None:
 
     assert state(1, 64, 2, 4) == state(1, 8, 16, 4) == state(1, 1, 32, 16) == 4 * parameters(M1) / 512
     assert state(8, 16, 2, 2) == 8 * state(1, 64, 2, 4)
-    # without an axis of experts their matrices are divided by experts, of which there are 32
-    others = parameters(M1) - 434_865_438_720
-    assert state(1, 512, 1, 1) == pytest.approx(4 * (others / 512 + 434_865_438_720 / 32))
+    # without an axis of experts their matrices are divided by whole experts, of which there are 32, or by rows
+    experts = 434_865_438_720
+    others = parameters(M1) - experts
+    assert state(1, 512, 1, 1) == state(1, 96, 1, 1) * 96 / 512 == 4 * parameters(M1) / 512
+    # 5 divides neither 32 experts nor 18,432 and 6,144 rows: one rank has 7 experts; with 9, w13 alone goes by rows
+    assert state(1, 5, 1, 1) == pytest.approx(4 * (others / 5 + experts * 7 / 32))
+    assert state(1, 9, 1, 1) == pytest.approx(4 * (others / 9 + experts * (2 / 3 / 9 + 1 / 3 * 4 / 32)))
     assert state(32, 16, 1, 1) == 4 * parameters(M1) / 16
 
 
