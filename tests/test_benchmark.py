@@ -1,12 +1,22 @@
 """The benchmark runs, compares like with like, and refuses what it does not know."""
 
 import json
+import statistics
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from minimax_m1.benchmark import llama_cpp, main
+from minimax_m1.accounting import parameters
+from minimax_m1.benchmark import llama_cpp, main, network, training
+from minimax_m1.benchmark.measure import Machine
+from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
+from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.settings import BenchSettings
+
+MACHINE = Machine(gemm_flops=1e15, read_bytes=1e12)  # faster than any of today
 
 
 @pytest.mark.slow
@@ -15,8 +25,9 @@ def test_a_quick_run_writes_its_figures(tmp_path, capsys):
     settings = BenchSettings(sizes=("nano",), quick=True, only=("decode-1", "train"), json=tmp_path / "figures.json")
     main(settings)
     written = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["case"] for row in written["figures"]] == ["nano decode-1", "nano train 4x512"]
-    assert all(row["ours"] > 0 and row["peer"] > 0 and row["ceiling"] > 0 for row in written["figures"])
+    assert [row["case"] for row in written["figures"]][:2] == ["nano decode-1", "nano train 4x512"]
+    assert all(row["ours"] > 0 and row["ceiling"] > 0 for row in written["figures"])
+    assert all(row["peer"] > 0 for row in written["figures"][:2])
     assert written["machine"]["gemm_gflops"] > 0
     assert "ratio" in capsys.readouterr().out
 
@@ -58,3 +69,71 @@ def test_llama_cpp_is_used_or_refused(tmp_path, monkeypatch):
     (tmp_path / "convert_hf_to_gguf.py").touch()
     found = llama_cpp.find(is_asked_for=True)
     assert found is not None and found.converter == tmp_path / "convert_hf_to_gguf.py"
+
+
+@pytest.fixture
+def tiny() -> MiniMaxM1ForCausalLM:
+    """A network of which a step takes milliseconds."""
+    config = MiniMaxM1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, rotary_dim=16, attn_type_list=(0, 1), num_local_experts=4,
+        max_position_embeddings=4096, postnorm=True,
+    )  # fmt: skip
+    model = MiniMaxM1ForCausalLM(config)
+    model.init_weights(seed=0)
+    return model.eval()
+
+
+TRAINING_CASES = [
+    "tiny train 4x512",
+    "tiny train 4x512, no optimizer",
+    "tiny train 4x512, its products",
+    "tiny train, lengths mixed",
+    "tiny packed / padded, both ours",
+]
+
+
+def test_training_is_measured_without_a_peer(tiny):
+    """The padded batch is ours as well, so its ratio is there; its tokens that fill are no throughput."""
+    figures = list(training.run("tiny", tiny, None, MACHINE, ("train", "train-mix"), quick=True))
+    assert [figure.case for figure in figures] == TRAINING_CASES
+    assert all(figure.ours > 0 for figure in figures)
+    assert [figure.case for figure in figures if figure.peer is not None] == TRAINING_CASES[-1:]
+    whole, alone, products = figures[:3]
+    assert whole.ceiling == alone.ceiling > max(whole.ours, alone.ours)
+    assert 0 < products.ours < products.ceiling == 1e6
+    assert not tiny.training and all(parameter.grad is None for parameter in tiny.parameters())
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_transformers_trainer(tiny):
+    pytest.importorskip("transformers", reason="transformers is not installed: it is the peer")
+    twin = network.transformers_twin(tiny)
+    before = [parameter.detach().clone() for parameter in twin.parameters()]
+    figures = list(training.run("tiny", tiny, twin, MACHINE, ("train", "train-mix"), quick=True))
+    assert [figure.case for figure in figures] == TRAINING_CASES
+    ratios = {figure.case: figure.ours / figure.peer for figure in figures if figure.peer is not None}
+    assert set(ratios) == {TRAINING_CASES[0], *TRAINING_CASES[3:]} and all(ratio > 0 for ratio in ratios.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, twin.parameters(), strict=True))  # it did train
+
+
+def test_mixed_lengths_are_the_same_every_time_and_padding_is_not_learned():
+    lengths = training.length_mix(5)
+    assert lengths == training.length_mix(5) and [len(step) for step in lengths] == [training.SAMPLES] * 5
+    assert all(16 <= n <= 1024 for step in lengths for n in step)
+    assert 100 < statistics.median(n for step in training.length_mix(200) for n in step) < 260
+    step = training.random_samples(64, [3, 5])
+    padded = [training._padded(sample, step) for sample in step]
+    assert [len(sample.ids) for sample in padded] == [5, 5]
+    assert [sum(sample.learned) for sample in padded] == [3, 5] and padded[0].ids[:3] == step[0].ids
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is not there")
+def test_peak_memory_of_a_training_step_grows_with_the_sequence():
+    """In a process of its own: a peak never falls."""
+    code = "from minimax_m1.benchmark.training import train_alone; train_alone('nano', 4096)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    short, peak = map(int, done.stdout.split())
+    state = 16 * parameters(MiniMaxM1Config.preset("nano"))  # weights, gradients, moments
+    assert state < short < peak
