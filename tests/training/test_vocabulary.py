@@ -13,10 +13,13 @@ from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.tokenizer.vocabulary import O200K_SPLIT, TRAINED_ADDED_TOKENS, build_backend
 from minimax_m1.training import vocabulary
+from minimax_m1.training.checkpoint import Checkpoints
+from minimax_m1.training.parallel import World
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.vocabulary import build_tokenizer, extend_embeddings, train_prefix_tokenizer
 from tests.tolerances import LOGITS, relative_error
 
+ONE_PROCESS = World(0, 1, torch.device("cpu"), None, 0, 1, 0, 1, None)
 OLD_TEXTS = ["the answer is what the user wants to know. Add and sort the letters of a word.\n"] * 3
 NEW_TEXTS = ["quiet quails quote quizzes; Quince jam, please. The quick fox thanks the other one.\n"] * 3
 OLD_SIZE, NEW_SIZE = 330, 360
@@ -156,9 +159,12 @@ def test_with_init_it_is_inits_extended_where_asked(old: MiniMaxM1Tokenizer, tmp
     assert len(extended) == OLD_SIZE + 8 and extended.merges[: len(old.merges)] == old.merges
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # said at every save in one process
 @pytest.mark.usefixtures("_few_records")
 def test_a_run_that_goes_on_keeps_its_own(old: MiniMaxM1Tokenizer, tmp_path: Path) -> None:
     old.save_pretrained(tmp_path / "run" / "tokenizer")
+    with Checkpoints(tmp_path / "run" / "checkpoints", 1, ONE_PROCESS) as checkpoints:
+        checkpoints.save(1, {"model": {"w": torch.zeros(1)}})
     settings = run_settings(tmp_path, vocab_size=320)
     assert build_tokenizer(settings).get_vocab() == old.get_vocab()
     assert len(build_tokenizer(replace(settings, resume=False))) == 320
