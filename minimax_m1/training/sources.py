@@ -40,7 +40,7 @@ class RecordError(UserError):
 
     def __init__(self, place: str, reason: str, detail: str = "") -> None:
         super().__init__(f"{place}: {reason}" + (f" ({' '.join(detail.split())})" if detail else ""))
-        self.reason = reason
+        self.place, self.reason = place, reason
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ class Lines:
         place = f"{self.path}:{int(self._line_numbers[row])}"
         try:
             content = json.loads(_decode(self._data[begin:end], place))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:  # whose own line is always the first
+            raise RecordError(place, "broken JSON", f"{error.msg.removesuffix(' at')}, column {error.colno}") from None
+        except RecursionError as error:
             raise RecordError(place, "broken JSON", str(error)) from None
         return check_record(content, place)
 
@@ -211,9 +213,14 @@ class Text:
     def read(self, row: int) -> Record:
         """Return the document, or one part of it."""
         ends = [*self._begins[1:], len(self._data)]
-        place = f"{self.path}:{self._line_numbers[row]}"
-        text = _decode(self._data[self._begins[row] : ends[row]], place)
-        return Record(place, text, is_end=row + 1 == len(self))
+        line, data = self._line_numbers[row], self._data[self._begins[row] : ends[row]]
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            begin = data.rfind(b"\n", 0, error.start) + 1
+            place = f"{self.path}:{line + data[:begin].count(10)}"  # 10 ends a line
+            raise RecordError(place, "not UTF-8", f"{error.reason} at byte {error.start - begin}") from None
+        return Record(f"{self.path}:{line}", text, is_end=row + 1 == len(self))
 
 
 @dataclass(frozen=True)

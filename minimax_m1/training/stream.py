@@ -96,9 +96,11 @@ class SampleStream:
         self.settings, self.tokenizer, self.slot, self.window = settings, tokenizer, slot, window
         self.sources = open_mixture(settings)
         self.notes: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # where the first record with a note is
         for source in self.sources:
-            if source.records is not None and source.records.empty_files:
+            if slot == 0 and source.records is not None and source.records.empty_files:
                 self.notes["skipped: empty file"] += len(source.records.empty_files)
+                self.examples.setdefault("skipped: empty file", source.records.empty_files[0])
         self._buffer: list[Drawn] = []
 
     @property
@@ -268,12 +270,15 @@ class SampleStream:
             except RecordError as error:
                 if settings.bad_records == "stop":
                     raise
+                self.examples.setdefault(f"skipped: {error.reason}", error.place)
                 return [], [f"skipped: {error.reason}"]
         pieces, notes = [], []
         for sample in samples:
             fitting, note = fit_window(sample, is_text, place, window, settings.long_samples)
             pieces += fitting
-            notes += [note] if note else []
+            if note:
+                notes.append(note)
+                self.examples.setdefault(note, place)
         if len(pieces) <= 1:
             return pieces, notes
         # The pieces of a long text would follow each other, and with few texts all slots would learn the same ones.

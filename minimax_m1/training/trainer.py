@@ -9,7 +9,8 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.planning import GPUS
-from minimax_m1.settings import to_toml
+from minimax_m1.settings import read_toml, to_toml, tomllib
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
-from minimax_m1.training.checkpoint import Checkpoints, SaveError
+from minimax_m1.training.checkpoint import Checkpoints, SaveError, list_steps
 from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.evaluation import Evaluation
 from minimax_m1.training.export import export
@@ -74,7 +75,7 @@ def train(settings: TrainSettings) -> MiniMaxM1ForCausalLM:
 def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
     output = settings.output
     with Checkpoints(output / "checkpoints", settings.keep, world) as checkpoints:
-        newest = checkpoints.newest()
+        newest, changes = checkpoints.newest(), ""
         if newest is not None and not settings.resume:
             raise UserError(f"output: {output} holds checkpoints of another run; choose another folder, or resume it")
         tokenizer = build_tokenizer(settings)
@@ -84,13 +85,18 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
         streams = {slot: SampleStream(settings, tokenizer, slot, settings.window[0]) for slot in slots}
         run = RunState(model, optimizers, streams, Progress())
         if newest is not None:
+            changes = changed_settings(settings)
             state = run.state()
             checkpoints.load(newest, state)
             run.load(state)
+            if newest > settings.steps:
+                raise UserError(
+                    f"steps: {settings.steps} cannot be used; accepted: at least {newest}, which {output} has"
+                )
         sum_over_ranks([0.0], world)  # every rank has looked into output: now it may be written
         if world.is_main:
             _write_recipe(output, settings, tokenizer)
-        _loop(run, settings, world, checkpoints, Evaluation(settings, tokenizer, world))
+        _loop(run, settings, world, checkpoints, Evaluation(settings, tokenizer, world), changes)
     export(model, tokenizer, settings, output / "model", world)
     if world.is_main:
         _write_report(output)
@@ -98,7 +104,12 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
 
 
 def _loop(
-    run: RunState, settings: TrainSettings, world: World, checkpoints: Checkpoints, evaluation: Evaluation
+    run: RunState,
+    settings: TrainSettings,
+    world: World,
+    checkpoints: Checkpoints,
+    evaluation: Evaluation,
+    changes: str,
 ) -> None:
     """Train from where `run` stands to the last step."""
     model, progress = run.model, run.progress
@@ -107,6 +118,10 @@ def _loop(
     with RunLog(
         settings.output, settings.steps, resume_step=progress.step, tensorboard=settings.tensorboard, is_main=is_main
     ) as log:
+        if changes:
+            log.write({"step": progress.step, "event": f"resumed with other settings: {changes}"})
+            if is_main:
+                print(f"step {progress.step}: resumed with other settings: {changes}", file=sys.stderr)
         while progress.step < settings.steps:
             if settings.stage(progress.step) != progress.stage:
                 progress.stage = settings.stage(progress.step)
@@ -121,7 +136,7 @@ def _loop(
             watch_gradients(progress, result, settings, log)
             is_last = progress.step == settings.steps
             if progress.step % settings.log_every == 0 or progress.step == 1 or is_last:
-                log.write(meter.line(progress, settings))
+                log.write({**meter.line(progress, settings), **left_out(run, world, log)})
             if settings.eval_every and (progress.step % settings.eval_every == 0 or is_last):
                 log.write({"step": progress.step, **evaluation.run(model, progress.step)})
             save(run, checkpoints, settings, log)
@@ -217,6 +232,7 @@ class RunState:
     optimizers: list[torch.optim.Optimizer]
     streams: dict[int, SampleStream]
     progress: Progress
+    told: set[str] = field(default_factory=set)  # kinds of records left out that the log has an example of
 
     def state(self) -> dict[str, Any]:
         """Return it as `Checkpoints` takes it; the tensors are the live ones. Frozen parameters are init's."""
@@ -255,8 +271,10 @@ def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainS
     """
     step, norm = progress.step, result["grad_norm"]
     if result.get("skipped"):
-        what = f"step {step}: loss {result['loss']:.4g}, gradient norm {norm:.4g}: not finite, so not applied"
-        _or_stop(settings.bad_steps, what, step, log)
+        what = f"loss {result['loss']:.4g}, gradient norm {norm:.4g}: not finite, so not applied"
+        if settings.bad_steps == "stop":
+            raise UserError(f'step {step}: {what}; a lower lr may help, bad_steps = "skip" goes on')
+        log.write({"step": step, "event": what})
         return
     begins = settings.stage_steps[progress.stage - 1] if progress.stage else 0
     if step == begins + 1 and progress.stage:
@@ -271,6 +289,42 @@ def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainS
             f"max_grad_growth: {step - begins} steps after the window grew from {before:,} to {window:,}, gradients "
             f"are {growth:.1f} times as large; accepted: {settings.max_grad_growth:g} times; take more stages"
         )
+
+
+def left_out(run: RunState, world: World, log: RunLog) -> dict[str, int]:
+    """Return how many records of all ranks were skipped and cut so far, if any; the first of each kind is an event."""
+    kinds: Counter[str] = Counter()
+    for stream in run.streams.values():
+        for note, times in stream.notes.items():
+            kinds[note.split(":")[0]] += times
+            place = stream.examples.get(note)
+            if place and note not in run.told:
+                run.told.add(note)
+                log.write({"step": run.progress.step, "event": f"record {note}, as {place}"})
+    counts = sum_over_ranks([kinds["skipped"], kinds["cut"]], world)
+    per_rank = world.num_context_ranks  # that share their streams
+    names = ("records_skipped", "records_cut")
+    return {name: round(count) // per_rank for name, count in zip(names, counts, strict=True) if count}
+
+
+def changed_settings(settings: TrainSettings) -> str:
+    """Return which settings differ from those of the run in output, as "name: old -> new, …".
+
+    Raises:
+        UserError: vocab_size does; the weights were made for another.
+    """
+    path = settings.output / "recipe.toml"
+    if not path.exists():
+        return ""
+    recipes = read_toml(path), tomllib.loads(to_toml(settings))
+    before, now = ({**recipe, **recipe.pop("model", {}), "output": None, "resume": None} for recipe in recipes)
+    names = [name for name in {**before, **now} if name != "model" and before.get(name) != now.get(name)]
+    if "vocab_size" in names:
+        was = before.get("vocab_size", 0)
+        raise UserError(
+            f"vocab_size: {settings.vocab_size} cannot be used; accepted: {was}, as in the run that is resumed"
+        )
+    return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names)
 
 
 def _or_stop(policy: str, what: str, step: int, log: RunLog) -> None:
@@ -411,5 +465,17 @@ def _whole_model(
 
 
 def _write_recipe(output: Path, settings: TrainSettings, tokenizer: MiniMaxM1Tokenizer) -> None:
-    tokenizer.save_pretrained(output / "tokenizer")
-    (output / "recipe.toml").write_text(to_toml(settings), encoding="utf-8")
+    """Write recipe and vocabulary so that a run that is killed meanwhile can still be resumed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        # Before the first checkpoint nothing reads them; later the recipe is replaced at once, the vocabulary is kept.
+        if not (list_steps(output / "checkpoints") and (output / "tokenizer").is_dir()):
+            tokenizer.save_pretrained(output / "tokenizer")
+        part = output / "recipe.toml.part"
+        part.write_text(to_toml(settings), encoding="utf-8")
+        part.replace(output / "recipe.toml")
+    except OSError as error:
+        raise UserError(f"output: cannot write {output}: {error.strerror}; a folder with room is needed") from None

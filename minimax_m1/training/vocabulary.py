@@ -6,7 +6,7 @@ Shapes: V tokens of a vocabulary, D hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -14,16 +14,18 @@ from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.tokenizer.vocabulary import SINGLE_DIGIT_SPLIT, TRAINED_ADDED_TOKENS, build_backend, pre_tokenizer
+from minimax_m1.training.checkpoint import list_steps
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.stream import mixture_texts
 
 # Pieces of the chat template that no space precedes, in byte characters (Ċ is a line feed).
 FRAME_PIECES = ("=user", "=assistant", "user", "ai", "think", "</", ">Ċ")
-VOCABULARY_RECORDS = 20_000  # records of the mixture that a vocabulary is built from
+VOCABULARY_RECORDS = 20_000  # records of the mixture that a vocabulary is built from,
+VOCABULARY_CHARACTERS = 1 << 24  # and no more than these: one record may be a book
 
 
 def build_tokenizer(settings: TrainSettings) -> MiniMaxM1Tokenizer:
-    """Return the vocabulary of an earlier run in output, so that a mixture may change on resuming, or build it.
+    """Return the vocabulary of the run in output that goes on, so that its mixture may change, or build it.
 
     It is init's, extended where vocab_size says so, or one built from the mixture; the same settings always give the
     same one.
@@ -32,7 +34,7 @@ def build_tokenizer(settings: TrainSettings) -> MiniMaxM1Tokenizer:
         UserError: there is neither init nor a vocab_size.
     """
     folder = settings.output / "tokenizer"
-    if settings.resume and folder.is_dir():
+    if settings.resume and folder.is_dir() and list_steps(settings.output / "checkpoints"):
         return MiniMaxM1Tokenizer.from_pretrained(folder)
     if settings.init is None and not settings.vocab_size:
         raise UserError("vocab_size: 0 cannot be used without init; accepted: the size of the vocabulary to build")
@@ -40,7 +42,16 @@ def build_tokenizer(settings: TrainSettings) -> MiniMaxM1Tokenizer:
     if base is not None and not settings.vocab_size:
         return base
     texts = mixture_texts(settings, VOCABULARY_RECORDS, settings.seed)
-    return train_prefix_tokenizer(texts, settings.vocab_size, base)
+    return train_prefix_tokenizer(_up_to(texts, VOCABULARY_CHARACTERS), settings.vocab_size, base)
+
+
+def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the first of the texts, until together they have so many characters."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def train_prefix_tokenizer(
@@ -114,8 +125,9 @@ def _count_beginnings(texts: Iterable[str]) -> Counter[str]:
     """Count the beginnings of two or more characters; a longer one never counts more than a shorter one."""
     split = pre_tokenizer(SINGLE_DIGIT_SPLIT)
     words: Counter[str] = Counter()
-    for text in texts:
-        words.update(piece for piece, _ in split.pre_tokenize_str(text))
+    for text, times in Counter(texts).items():  # records of a small file come again and again
+        for piece, _ in split.pre_tokenize_str(text):
+            words[piece] += times
     beginnings: Counter[str] = Counter()
     for piece, count in words.items():
         if piece[0] not in "ĠABCDEFGHIJKLMNOPQRSTUVWXYZ":

@@ -92,7 +92,7 @@ def test_a_bad_record_says_where_and_why(content: Any, message: str) -> None:
 
 
 BAD_LINES = {
-    "cut off": (b'{"text": "on', "broken JSON"),
+    "cut off": (b'{"text": "on', r"broken JSON \(Unterminated string starting, column 10\)"),
     "two objects": (b'{"text": "a"} {"text": "b"}', "broken JSON"),
     "nested too deep": (b"[" * 100_000, "broken JSON"),
     "Latin-1": (b'{"text": "f\xfcnf"}', r"not UTF-8 \(invalid start byte at byte 11\)"),
@@ -104,6 +104,13 @@ def test_a_bad_line_says_where_and_why(line: bytes, message: str, tmp_path: Path
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line)
     with pytest.raises(RecordError, match=r"a\.jsonl:2: " + message):
         texts_of(open_records(str(tmp_path / "a.jsonl")))
+
+
+def test_a_bad_line_of_a_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TEXT_BYTES", 100)
+    (tmp_path / "a.txt").write_bytes(b"a good line\n" * 30 + b"f\xfcnf\n" + b"another\n" * 3)
+    with pytest.raises(RecordError, match=r"a\.txt:31: not UTF-8 \(invalid start byte at byte 1\)"):
+        texts_of(open_records(str(tmp_path / "a.txt")))
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -148,7 +155,7 @@ def test_a_large_text_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.
 
 def test_bad_utf8_in_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine\n\xff")
-    with pytest.raises(RecordError, match=r"a\.txt:1: not UTF-8 \(invalid start byte at byte 5\)"):
+    with pytest.raises(RecordError, match=r"a\.txt:2: not UTF-8 \(invalid start byte at byte 0\)"):
         open_records(str(tmp_path / "a.txt")).read(0, 0)
 
 
