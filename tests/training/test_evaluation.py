@@ -91,7 +91,7 @@ def test_the_loss_of_a_file_is_that_of_its_documents_one_by_one(
     assert name == str(settings.eval_data[0]) and len(batches) == 800 // 300
     documents = [ids.tolist() for batch in batches for ids in batch.input_ids.split(batch.layout.seqlens)]
     known = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in DOCUMENTS]
-    assert all(ids in known for ids in documents) and len(documents) > 20
+    assert all(ids in known for ids in documents) and len(documents) > 10
     total, exact = 0.0, copy.deepcopy(model).double()
     for ids in documents:
         layout = ForwardBatch.packed([len(ids)], backend="reference")
