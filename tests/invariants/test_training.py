@@ -82,8 +82,11 @@ def whole_run(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"muon_lr": 0.01}, {"window": [100, 400], "stage_steps": [4], "aux_loss": [0.01, 0.0]}],
-    ids=["AdamW", "Muon", "in stages"],
+    [
+        pytest.param({}, id="AdamW", marks=pytest.mark.slow),
+        pytest.param({"muon_lr": 0.01}, id="Muon", marks=pytest.mark.slow),
+        pytest.param({"window": [100, 400], "stage_steps": [4], "aux_loss": [0.01, 0.0]}, id="in stages"),
+    ],
 )
 def test_resume_is_exact(changes, tmp_path, monkeypatch):
     folder, stopped = tmp_path / "whole", tmp_path / "stopped"
