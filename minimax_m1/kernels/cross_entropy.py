@@ -56,9 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = x @ wide.T
             picked, highest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            log_total = total.log().add_(highest)
+            log_total = total.log() + highest
             hits = (picked >= highest).sum()
-            sums += torch.stack([(log_total - picked).sum(), log_total.square().sum(), hits.to(dtype)])
+            losses = total.log() - (picked - highest)  # the large terms cancel first
+            sums += torch.stack([losses.sum(), log_total.square().sum(), hits.to(dtype)])
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.mul_((1 + 2 * z_loss * log_total) / total)
