@@ -188,7 +188,7 @@ def main() -> None:
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
     except (CycloptsError, UserError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")  # at once: other ranks write as well
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -107,11 +107,15 @@ def compare_runs(folders: Sequence[Path], path: Path) -> Path:
     else:
         page |= {"rows": comparison(runs), "recipe": differences(runs), "names": [run.name for run in runs]}
         figures, drawn = COMPARISONS, runs
+    part = path.with_name(f"{path.name}.part")  # an earlier report stays whole until this one is
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         page["figures"] = draw_figures(figures, drawn, path.with_suffix(""))
-        path.write_text(render(page), encoding="utf-8")
+        part.write_text(render(page), encoding="utf-8")
+        part.replace(path)
     except OSError as error:
+        if part.is_file():
+            part.unlink()
         raise UserError(f"output: cannot write {path}: {error.strerror}; a folder with room is needed") from None
     return path
 

@@ -68,6 +68,11 @@ def train(settings: TrainSettings) -> MiniMaxM1ForCausalLM:
     world = init_world(settings)
     try:
         return _run(settings, world)
+    except KeyboardInterrupt:
+        if world.is_main:
+            saved = max(list_steps(settings.output / "checkpoints"), default=0)
+            print(f"stopped; the same command continues after step {saved}", file=sys.stderr)
+        raise
     finally:
         close_world(world)
 

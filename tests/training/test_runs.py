@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from minimax_m1.errors import UserError
 from minimax_m1.training import trainer, vocabulary
+from minimax_m1.training.report import write_report
 from minimax_m1.training.settings import TrainSettings
 
 NETWORK = {
@@ -71,6 +74,22 @@ def test_a_resumed_run_says_what_has_changed(settings: TrainSettings) -> None:
     assert (settings.output / "recipe.toml").read_bytes() == recipe
 
 
+def test_ctrl_c_says_where_the_run_goes_on(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_step = trainer.train_step
+
+    def stop_at_step_2(*arguments: Any) -> dict[str, Any]:
+        if arguments[-1] == 1:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", stop_at_step_2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(replace(settings, save_every=1))
+    assert capsys.readouterr().err.endswith("stopped; the same command continues after step 1\n")
+
+
 def test_records_left_out_are_counted_and_the_first_of_a_kind_is_named(settings: TrainSettings) -> None:
     path = Path(next(iter(settings.mixture)))
     path.write_text(path.read_text() + '{"text": \n' + json.dumps({"text": "word " * 100}) + "\n")
@@ -99,3 +118,21 @@ def test_an_output_that_cannot_be_written_is_one_line(settings: TrainSettings, t
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^output: cannot write .*file.run: Not a directory"):
         trainer.train(replace(settings, output=tmp_path / "file" / "run"))
+
+
+def test_a_report_that_does_not_fit_on_the_disk_leaves_the_earlier_one(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    trainer.train(settings)
+    report = settings.output / "report.html"
+    before = report.read_bytes()
+
+    def full_disk(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode(encoding)[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UserError, match=r"^output: cannot write .*report.html: No space left on device"):
+        write_report(settings.output)
+    assert report.read_bytes() == before and not list(settings.output.glob("*.part"))
