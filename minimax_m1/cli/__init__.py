@@ -76,7 +76,7 @@ def serve(*, settings: Annotated[ServeSettings, Fields] = ServeSettings()) -> No
 
 @app.command
 def train(*, settings: Annotated[TrainSettings, Fields] = TrainSettings()) -> None:
-    """Train a model from scratch, as a recipe says."""
+    """Train or fine-tune a model, as a recipe says; under torchrun on many processes."""
     from minimax_m1.training.trainer import train
 
     train(settings)

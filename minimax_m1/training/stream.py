@@ -145,6 +145,7 @@ class SampleStream:
             "sources": sources,
             "buffer": [drawn.identity() for drawn in self._buffer],
             "notes": dict(self.notes),
+            "examples": self.examples,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -158,6 +159,7 @@ class SampleStream:
         """
         self._check_resumable(state)
         self.window, self.notes = state["window"], Counter(state["notes"])
+        self.examples = dict(state.get("examples", {}))
         saved_sources = state["sources"]
         for source in self.sources:
             for name in POSITION:

@@ -227,6 +227,7 @@ class Progress:
     stage: int = 0
     recent_norms: tuple[float, ...] = ()  # of the gradient, in the last steps of this stage
     norm_before: float = 0.0  # their median in the stage before; 0: there is none
+    told: list[str] = field(default_factory=list)  # kinds of records left out that the log has an example of
 
 
 @dataclass
@@ -237,7 +238,6 @@ class RunState:
     optimizers: list[torch.optim.Optimizer]
     streams: dict[int, SampleStream]
     progress: Progress
-    told: set[str] = field(default_factory=set)  # kinds of records left out that the log has an example of
 
     def state(self) -> dict[str, Any]:
         """Return it as `Checkpoints` takes it; the tensors are the live ones. Frozen parameters are init's."""
@@ -303,8 +303,8 @@ def left_out(run: RunState, world: World, log: RunLog) -> dict[str, int]:
         for note, times in stream.notes.items():
             kinds[note.split(":")[0]] += times
             place = stream.examples.get(note)
-            if place and note not in run.told:
-                run.told.add(note)
+            if place and note not in run.progress.told:
+                run.progress.told.append(note)
                 log.write({"step": run.progress.step, "event": f"record {note}, as {place}"})
     counts = sum_over_ranks([kinds["skipped"], kinds["cut"]], world)
     per_rank = world.num_context_ranks  # that share their streams
