@@ -53,6 +53,7 @@ from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.stream import SampleStream
 from minimax_m1.training.vocabulary import build_tokenizer, extend_embeddings
 
+MAX_SKIPPED = 20  # steps in a row that may be left out; more, and the weights are lost
 WATCHED_STEPS = 50  # steps at the beginning of a stage whose gradients are compared with as many before it
 
 
@@ -227,6 +228,7 @@ class Progress:
     stage: int = 0
     recent_norms: tuple[float, ...] = ()  # of the gradient, in the last steps of this stage
     norm_before: float = 0.0  # their median in the stage before; 0: there is none
+    skipped_in_a_row: int = 0  # steps that were not finite, up to now
     told: list[str] = field(default_factory=list)  # kinds of records left out that the log has an example of
 
 
@@ -272,7 +274,7 @@ def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainS
     The median of the first WATCHED_STEPS of a stage is compared with that of the last ones of the stage before.
 
     Raises:
-        UserError: bad_steps or max_grad_growth say so.
+        UserError: bad_steps or max_grad_growth say so, or MAX_SKIPPED steps in a row were left out.
     """
     step, norm = progress.step, result["grad_norm"]
     if result.get("skipped"):
@@ -280,7 +282,11 @@ def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainS
         if settings.bad_steps == "stop":
             raise UserError(f'step {step}: {what}; a lower lr may help, bad_steps = "skip" goes on')
         log.write({"step": step, "event": what})
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(f"step {step}: {what}, as {MAX_SKIPPED} steps in a row; a lower lr may help")
         return
+    progress.skipped_in_a_row = 0
     begins = settings.stage_steps[progress.stage - 1] if progress.stage else 0
     if step == begins + 1 and progress.stage:
         progress.norm_before = statistics.median(progress.recent_norms) if progress.recent_norms else 0.0
