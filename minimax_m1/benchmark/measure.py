@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +57,14 @@ def median_seconds(rounds: int, functions: list[Callable[[], Any]], has_peer: An
             function()
             seconds[i].append(time.perf_counter() - start)
     return [statistics.median(s) for s in seconds]
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory; on Linux without what its parent had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> str:

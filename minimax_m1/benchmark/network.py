@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimax_m1.accounting import prefill_flops
-from minimax_m1.benchmark.measure import Figure, Machine, median_seconds
+from minimax_m1.benchmark.measure import Figure, Machine, median_seconds, peak_memory
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.generation import PREFILL_CHUNK
@@ -168,7 +167,7 @@ def prefill_alone(size: str, length: int) -> None:
     for parameter in model.parameters():
         parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
     assert prefill_ours(model, torch.randint(0, model.config.vocab_size, (length,))).isfinite().all()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(peak_memory())
 
 
 # -- the peer ---------------------------------------------------------------------------------------------------------

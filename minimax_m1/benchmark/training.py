@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from minimax_m1.accounting import training_flops
-from minimax_m1.benchmark.measure import Figure, Machine
+from minimax_m1.benchmark.measure import Figure, Machine, peak_memory
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.training.data import PackedBatch, Sample, pack
@@ -177,7 +176,6 @@ def _forward_backward_seconds(model: MiniMaxM1ForCausalLM, batch: PackedBatch, r
 def train_alone(size: str, length: int) -> None:
     """Take a step on one random sequence of 64 tokens and one on `length`, layers recomputed; print this process's peak
     memory in bytes after each."""
-    scale = 1 if sys.platform == "darwin" else 1024
     settings = TrainSettings(tokens_per_batch=length, window=(length,), activation_checkpointing=True)
     world = init_world(settings)
     model = MiniMaxM1ForCausalLM(MiniMaxM1Config.preset(size))
@@ -187,4 +185,4 @@ def train_alone(size: str, length: int) -> None:
     for step, tokens in enumerate((64, length)):
         samples = random_samples(model.config.vocab_size, [tokens])
         train_step(model, optimizers, [pack(samples)], world, settings, step)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+        print(peak_memory())

@@ -34,7 +34,9 @@ class TrainSettings:
         dict.fromkeys(NANO_TASKS, 1.0), "family, or data file or pattern -> its share of the tokens"
     )
     vocab_size: int = option(0, "build a vocabulary of this size from the mixture, or extend init's; 0: init's")
-    window: tuple[int, ...] = option((4096,), "most tokens of one sample, in each stage of context extension")
+    window: tuple[int, ...] = option(
+        (), "most tokens of one sample, in each stage of context extension [default: tokens_per_batch]"
+    )
     stage_steps: tuple[int, ...] = option((), "step at which each further stage begins: one less than windows")
     stage_rope_theta: tuple[float, ...] = option((), "rope_theta of each stage [default: the model's]")
     long_samples: Literal["cut", "skip", "stop"] = option(
@@ -92,6 +94,8 @@ class TrainSettings:
     model: dict[str, Any] = option({}, "fields of MiniMaxM1Config, without init; sizes of the vocabulary are filled in")
 
     def __post_init__(self) -> None:
+        if not self.window:
+            object.__setattr__(self, "window", (self.tokens_per_batch,))
         at_least_1 = "steps tokens_per_batch batches_per_step log_every save_every keep eval_problems eval_tokens"
         at_least_1 += " sample_tokens dp_replicate expert_parallel context_parallel"
         for name in at_least_1.split():
@@ -125,7 +129,7 @@ class TrainSettings:
 
     def _check_stages(self) -> None:
         """Each stage has its window, a later beginning and, if any has, its rope_theta."""
-        _require(len(self.window) >= 1 and min(self.window) >= 2, "window", self.window, "numbers of at least 2")
+        _require(min(self.window) >= 2, "window", self.window, "numbers of at least 2")
         _require(max(self.window) <= self.tokens_per_batch, "window", self.window, "at most tokens_per_batch")
         bounds = (0, *self.stage_steps)
         rises = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))

@@ -178,21 +178,17 @@ def test_any_division_into_micro_batches_is_one_batch(tmp_path, coefficient, par
 
 @pytest.mark.slow
 def test_the_same_recipe_is_the_same_run_on_any_ranks(tmp_path):
-    """Through the command, with AdamW and Muon: 1 process; 2 ranks; their checkpoint on 1 and on 4; 4 ranks."""
+    """With AdamW and Muon: 1 process; 4 ranks; a checkpoint of 2 ranks continued on 1 and on 4."""
     options = dict(batches_per_step=4, muon_lr=0.005, lr=1e-3, save_every=3, eval_every=3, aux_loss=[0.01])
     one = tmp_path / "one"
     train(settings(one, **options))
-    layouts = {
-        "shard 2": (2, dict(dp_shard=2)),
-        "expert 2 x context 2": (4, dict(expert_parallel=2, context_parallel=2)),
-    }
-    for name, (ranks, axes) in layouts.items():
-        start(tmp_path / name, ranks, tmp_path, **options, **axes)
-        assert losses(tmp_path / name) == pytest.approx(losses(one), rel=1e-5), name
-        assert norms(tmp_path / name) == pytest.approx(norms(one), rel=1e-4), name
+    four = tmp_path / "four"
+    start(four, 4, tmp_path, **options, expert_parallel=2, context_parallel=2)
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    assert norms(four) == pytest.approx(norms(one), rel=1e-4)
 
     half = tmp_path / "half"
-    start(half, 2, tmp_path, **{**options, "steps": 3, "decay_steps": 0, "context_parallel": 2})
+    start(half, 2, tmp_path, **{**options, "steps": 3, "decay_steps": 0, "dp_shard": 2})
     for ranks in (1, 4):
         copy = tmp_path / f"from 2 to {ranks}"
         copy.mkdir()

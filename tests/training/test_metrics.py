@@ -237,5 +237,6 @@ def test_a_terminal_that_is_resized_and_interrupted(tmp_path):
     assert "said meanwhile" in seen and "loss" in seen and resized
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # the cursor is there
     pictures = seen.count("step ")
-    assert pictures <= 2 * (time.monotonic() - begin) + 3, "more than two pictures a second"
+    # and one more for each of beginning, a line said meanwhile, resizing and the end, which a slow machine repeats
+    assert pictures <= 2 * (time.monotonic() - begin) + 8, "more than two pictures a second"
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) >= 5
