@@ -86,7 +86,8 @@ def test_odd_bytes_are_no_crash(tiny_checkpoint: Path) -> None:
 def test_train_then_eval_then_generate(command: Command, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(TINY_RECIPE)
     trained = command("train", "--config", "recipe.toml")
-    assert (trained.returncode, trained.stderr) == (0, "")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.startswith("run/model: the model; ")
     measured = command("eval", "nano", "--model", "run/model", "--problems", 2, "--families", "addition", "--json")
     assert (measured.returncode, measured.stderr) == (0, "")
     assert json.loads(measured.stdout)["families"]["addition"]["problems"] == 2

@@ -83,7 +83,7 @@ def test_the_page_has_no_inline_code_and_refers_to_itself_only(server: Server) -
 
 def test_info_tells_what_is_served(server: Server) -> None:
     info = httpx.get(f"{server.url}/playground/info").json()
-    assert info["model"] == "m1-nano" and info["parameters"] == 2_790_784 and info["active_parameters"] == 857_472
+    assert info["model"] == "m1-nano" and info["parameters"] == 3_020_160 and info["active_parameters"] == 857_472
     assert [layer["kind"] for layer in info["layers"]] == ["lightning", "softmax"] * 2
     assert info["num_experts"] == 8 and info["experts_per_token"] == 2 and info["max_model_len"] == 4096
     assert "count letters" in info["abilities"] and info["needs_key"] is False

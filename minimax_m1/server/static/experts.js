@@ -163,8 +163,8 @@ export class ExpertsView {
       const t = value / most;
       cell.style.setProperty("--t", t.toFixed(4));
       cell.classList.toggle("warm", t > 0.3); // the colour of the text follows: see the style sheet
-      cell.classList.toggle("mid", t > 0.49);
-      cell.classList.toggle("high", t > 0.66);
+      cell.classList.toggle("mid", t > 0.51);
+      cell.classList.toggle("high", t > 0.7);
       cell.classList.toggle("none", value === 0);
       cell.firstChild.textContent = isShare ? percent(value) : value.toFixed(2);
       cell.setAttribute("aria-label", this.#describe(cell));
