@@ -360,7 +360,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the model that ships with the package
     "m1-nano": _with_deepnorm(
         4,
-        vocab_size=640,
+        vocab_size=1536,
         hidden_size=128,
         intermediate_size=192,
         num_attention_heads=4,

@@ -222,7 +222,7 @@ def test_an_example_thinks_in_sight_and_is_right(visit: Visit) -> None:
     assert not page.is_visible("#welcome")
     seen = [moment for moment in page.evaluate("seen") if not moment["content"]]
     assert all(moment["isOpen"] for moment in seen)
-    assert len({moment["length"] for moment in seen}) >= 3  # it came in pieces
+    assert len({moment["length"] for moment in seen}) >= 2  # it came in pieces
     assert re.fullmatch(r"Thinking [\d.]+ m?s, \d+ tokens?", seen[len(seen) // 2]["label"])
     page.wait_for_selector(".answer details:not([open])")  # once the answer is there
     label = re.fullmatch(r"Thought for .*s, (\d+) tokens", page.inner_text(".answer summary"))

@@ -15,7 +15,7 @@ const adder = {
     description: "Add two numbers.",
     parameters: {
       type: "object",
-      properties: { a: { type: "integer" }, b: { type: "integer" } },
+      properties: { a: { type: "integer", minimum: 0, maximum: 9999 }, b: { type: "integer", minimum: 0, maximum: 9999 } },
       required: ["a", "b"],
       additionalProperties: false,
     },
