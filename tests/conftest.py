@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from minimax_m1.config import MiniMaxM1Config
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no counterexample
+settings.load_profile("no deadline")
 
 PROJECT = Path(__file__).resolve().parent.parent
 
