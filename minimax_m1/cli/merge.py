@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minimax_m1.settings import MergeSettings
-from minimax_m1.training.lora import merge_adapter
+from minimax_m1.training.export import merge_adapter
 
 
 def merge(settings: MergeSettings) -> None:

@@ -87,6 +87,34 @@ def read_run(checkpoint: Path) -> tuple[MiniMaxM1ForCausalLM, MiniMaxM1Tokenizer
     return model, tokenizer, to_toml(settings)
 
 
+def merge_adapter(adapter: Path, base: Path | None, output: Path, dtype: str = "auto") -> Path:
+    """Write the checkpoint of a base model with an adapter's additions in its weights; return the base's folder.
+
+    Args:
+        adapter: folder of `save_lora`.
+        base: checkpoint folder; None: the one that the adapter names.
+        output: a new or empty folder; it appears when it is complete.
+        dtype: of the weights, routers at least float32; auto: as in the base.
+
+    Raises:
+        UserError: a folder that cannot be used, or an adapter of another model.
+    """
+    from minimax_m1.training.lora import load_lora, merge_lora, recorded_base
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output: {output} exists already; accepted: a new or an empty folder")
+    base = base or recorded_base(adapter)
+    if not base.is_dir():
+        raise UserError(f"model: there is no folder {base}; the base model of {adapter} is needed")
+    tokenizer, wanted = MiniMaxM1Tokenizer.from_pretrained(base), parse_dtype(dtype)
+    model = load_model(base, dtype=None if wanted is None else torch.promote_types(wanted, torch.float32))
+    load_lora(model, adapter)
+    merge_lora(model)
+    whole = model if wanted is None else with_weights(model.config, model.named_parameters(), wanted)
+    write_model(whole, output, tokenizer)
+    return base
+
+
 def with_weights(
     config: MiniMaxM1Config, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | str
 ) -> MiniMaxM1ForCausalLM:
@@ -131,6 +159,7 @@ def write_model(
     part = folder.with_name(f"{folder.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

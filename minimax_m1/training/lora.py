@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minimax_m1.errors import UserError
-from minimax_m1.model import Gate, MiniMaxM1ForCausalLM
-from minimax_m1.tokenizer import MiniMaxM1Tokenizer
+from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.training.settings import TrainSettings
-from minimax_m1.weights import load_model, parse_dtype
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -169,44 +167,6 @@ def _merge_module(module: nn.Module) -> nn.Module:
     return plain
 
 
-def merge_adapter(adapter: Path, base: Path | None, output: Path, dtype: str = "auto") -> Path:
-    """Write the checkpoint of a base model with an adapter's additions in its weights; return the base's folder.
-
-    Args:
-        adapter: folder of `save_lora`.
-        base: checkpoint folder; None: the one that the adapter names.
-        output: a new or empty folder; it appears when it is complete.
-        dtype: of the weights, routers at least float32; auto: as in the base.
-
-    Raises:
-        UserError: a folder that cannot be used, or an adapter of another model.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: {output} exists already; accepted: a new or an empty folder")
-    base = base or _recorded_base(adapter)
-    if not base.is_dir():
-        raise UserError(f"model: there is no folder {base}; the base model of {adapter} is needed")
-    tokenizer, wanted = MiniMaxM1Tokenizer.from_pretrained(base), parse_dtype(dtype)
-    model = load_model(base, dtype=None if wanted is None else torch.promote_types(wanted, torch.float32))
-    load_lora(model, adapter)
-    merge_lora(model)
-    if wanted is not None:
-        for module in model.modules():
-            for weight in module.parameters(recurse=False):
-                kept = torch.promote_types(wanted, torch.float32) if isinstance(module, Gate) else wanted
-                weight.data = weight.data.to(kept)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
-            whole = Path(unfinished) / "model"
-            model.save_pretrained(whole)
-            tokenizer.save_pretrained(whole)
-            os.replace(whole, output)
-    except OSError as error:
-        raise UserError(f"output: cannot write {output}: {error}") from None
-    return base
-
-
 def read_config(folder: Path) -> LoraConfig:
     """Return what an adapter's adapter_config.json says.
 
@@ -228,7 +188,8 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"adapter: {path} cannot be used: {error}") from None
 
 
-def _recorded_base(adapter: Path) -> Path:
+def recorded_base(adapter: Path) -> Path:
+    """Return the folder of the base model that an adapter names."""
     name = read_config(adapter).base_model_name_or_path
     if not name:
         raise UserError(f"model: {adapter} names no base model; give its folder")
