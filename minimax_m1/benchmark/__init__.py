@@ -40,7 +40,7 @@ def main(settings: BenchSettings) -> None:
         "transformers": peer,
         "llama.cpp": None if rival is None else rival.version,
         "threads": torch.get_num_threads(),
-        "backend": choose(None),
+        "backend": choose(None, torch.empty(0)),
         "processor": processor(),
         "gemm_gflops": round(machine.gemm_flops / 1e9, 1),
         "read_gbytes": round(machine.read_bytes / 1e9, 1),

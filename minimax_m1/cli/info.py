@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minimax_m1 import accounting, kernels, shipped
 from minimax_m1.cache import PAGE_SIZE
 from minimax_m1.config import PRESETS, MiniMaxM1Config
@@ -95,8 +97,9 @@ def find_config(model: str | None) -> tuple[str, MiniMaxM1Config]:
 
 
 def _is_available(backend: str) -> bool:
+    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return kernels.choose(backend) == backend
+        return kernels.choose(backend, x) == backend
     except UserError:
         return False
 

@@ -27,7 +27,7 @@ def softmax_attention(
     Returns:
         [T, H, D] in the dtype of q.
     """
-    attend = attend_reference if choose(backend) == "reference" else attend_torch
+    attend = attend_reference if choose(backend, q) == "reference" else attend_torch
     bounds = cu_seqlens.tolist()
     outputs = [
         attend(q[start:end], k[start:end].transpose(0, 1), v[start:end].transpose(0, 1), window)
@@ -67,7 +67,7 @@ def softmax_attention_cached(
     Returns:
         [T, H, D] in the dtype of q.
     """
-    chosen = choose(backend)
+    chosen = choose(backend, q)
     if chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
         return _cached_compiled(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, window)
     attend = attend_reference if chosen == "reference" else attend_torch

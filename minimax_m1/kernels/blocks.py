@@ -24,7 +24,7 @@ _CODE = "q"  # 8 bytes, as the structures of csrc/blocks.cpp have them
 
 def usable(x: Tensor, weights: Sequence[Tensor | QuantizedWeight], backend: str | None) -> bool:
     """Say whether these rows and weights can take the one call."""
-    if choose(backend) != "compiled" or torch.is_grad_enabled() or x.dtype != torch.float32 or not x.is_cpu:
+    if choose(backend, x) != "compiled" or torch.is_grad_enabled() or x.dtype != torch.float32 or not x.is_cpu:
         return False
     return all(isinstance(w, QuantizedWeight) or (w.dtype in _KINDS and w.is_contiguous()) for w in weights)
 

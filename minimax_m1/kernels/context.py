@@ -130,7 +130,7 @@ def softmax_attention_divided(
     keys_values = gather_rows(torch.stack((k, v), 1), sizes, context.group)  # [T, 2, G, D]
     if not context.seqlens:
         return q + keys_values[:0].sum()  # no rows: still a part of the exchange, in both directions
-    attend = attend_reference if choose(backend) == "reference" else _attend
+    attend = attend_reference if choose(backend, q) == "reference" else _attend
     lengths = [n + past for n, past in zip(context.seqlens, context.past_lens, strict=True)]
     # split, not slices: the gradient of a slice is as large as the whole
     _, *parts, _ = keys_values.split([context.end - sum(lengths), *lengths, context.starts[-1] - context.end])

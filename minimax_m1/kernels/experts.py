@@ -30,7 +30,7 @@ def route(logits: Tensor, top_k: int, backend: str | None = None) -> tuple[Tenso
         probabilities [T, E], the ids of the K most probable experts [T, K] int64, their probabilities divided by their
         sum [T, K].
     """
-    if choose(backend) == "compiled" and compiled.fits(logits):
+    if choose(backend, logits) == "compiled" and compiled.fits(logits):
         return compiled.route(logits, top_k)
     probs = torch.softmax(logits, -1)
     weights, expert_ids = torch.topk(probs, top_k)
@@ -67,13 +67,13 @@ def expert_mlp(
     if isinstance(w13, QuantizedWeight) or isinstance(w2, QuantizedWeight):
         assert isinstance(w13, QuantizedWeight) and isinstance(w2, QuantizedWeight)
         refuse_gradient(x, expert_weights)
-        if choose(backend) == "compiled" and compiled.fits_quantized(x):
+        if choose(backend, x) == "compiled" and compiled.fits_quantized(x):
             return compiled.quantized_experts(x, w13, w2, expert_ids, expert_weights)
-        if choose(backend) != "reference":
+        if choose(backend, x) != "reference":
             min_rows = MIN_ROWS if num_decodes is not None else 1
             return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights, min_rows)
         w13, w2 = (torch.stack([w[e].dequantize(x.dtype) for e in range(w.shape[0])]) for w in (w13, w2))
-    if choose(backend) == "reference":
+    if choose(backend, x) == "reference":
         return expert_mlp_reference(x, w13, w2, expert_ids, expert_weights)
     rows = row_kernel_rows(x, backend, num_decodes, w13, w2, expert_weights)
     min_rows = MIN_ROWS if num_decodes is not None else 1

@@ -59,7 +59,7 @@ def lightning_attention(
     Returns:
         o [T, H, D] in the dtype of v, and the final states [N, H, D, D] float32 (float64 for float64 inputs).
     """
-    if choose(backend) == "reference":
+    if choose(backend, q) == "reference":
         return lightning_attention_reference(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
     return lightning_attention_torch(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
 
@@ -108,7 +108,7 @@ def lightning_decode(
     Returns:
         o [T, H, D] in the dtype of v; several rows of a sequence give to the bit what as many calls would.
     """
-    if choose(backend) == "compiled" and compiled.fits(q, states):
+    if choose(backend, q) == "compiled" and compiled.fits(q, states):
         return compiled.lightning_decode(q, k, v, slope, states, slots, cu_seqlens)
     if cu_seqlens is None or q.shape[0] == slots.shape[0]:
         return _advance(q, k, v, slope, states, slots)
@@ -149,7 +149,7 @@ def lightning_prefill(
     Returns:
         o [T, H, D] in the dtype of v.
     """
-    chosen = choose(backend)
+    chosen = choose(backend, q)
     if chosen == "compiled" and compiled.fits(q, states):
         return compiled.lightning_prefill(q, k, v, slope, states, slots, cu_seqlens)
     run = lightning_attention_reference if chosen == "reference" else lightning_attention_torch

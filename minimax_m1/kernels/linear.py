@@ -48,7 +48,7 @@ def linear(
     """
     if isinstance(weight, QuantizedWeight):
         refuse_gradient(x)
-        if choose(backend) == "compiled" and compiled.fits_quantized(x):
+        if choose(backend, x) == "compiled" and compiled.fits_quantized(x):
             return compiled.quantized_linear(x, weight)
         return matmul(x, weight, backend, MIN_ROWS if num_decodes is not None else 1)
     return _linear(x, weight, backend, num_decodes, widen=False)
@@ -75,7 +75,7 @@ def _linear(x: Tensor, weight: Tensor, backend: str | None, num_decodes: int | N
 
 def row_kernel_rows(x: Tensor, backend: str | None, num_decodes: int | None, *weights: Tensor) -> int:
     """Return how many rows of x, from the first, run through the compiled row kernels."""
-    if choose(backend) != "compiled" or not compiled.fits(x, *weights):
+    if choose(backend, x) != "compiled" or not compiled.fits(x, *weights):
         return 0
     if num_decodes is None:
         return x.shape[0] if x.shape[0] <= compiled.MAX_ROWS else 0
@@ -102,14 +102,14 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
     if rows < min_rows:
         return matmul(F.pad(x, (0, 0, 0, min_rows - rows)), weight, backend)[:rows]
     narrow = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and CPU_MULTIPLIES_BFLOAT16
-    if narrow and choose(backend) != "reference":
+    if narrow and choose(backend, x) != "reference":
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
     return F.linear(x, weight.to(x.dtype))
 
 
 def silu(x: Tensor, backend: str | None = None) -> Tensor:
     """Return x · sigmoid(x); differentiable. In inference x, which must be nobody else's, may be changed."""
-    if choose(backend) == "compiled" and compiled.fits(x) and x.is_contiguous():
+    if choose(backend, x) == "compiled" and compiled.fits(x) and x.is_contiguous():
         return compiled.silu(x)
     return F.silu(x)
 
@@ -120,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None, 
     With a gate [M, K], times sigmoid(gate) as well; differentiable in all three.
     """
     # one pass over memory instead of five, so for any number of rows
-    if choose(backend) == "compiled" and compiled.fits(x, weight):
+    if choose(backend, x) == "compiled" and compiled.fits(x, weight):
         return compiled.rms_norm(x, weight, eps, gate)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)

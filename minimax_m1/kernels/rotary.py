@@ -40,7 +40,7 @@ def rotate_append(
         token_rows: [T] int64: where each token's key lies, page PAGE_SIZE + place in the page.
         backend: one of `kernels.BACKENDS`, or None for the fastest.
     """
-    if choose(backend) == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
+    if choose(backend, q) == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
         compiled.rotate_append(q, k, v, cos, sin, token_rows, keys, values)
         return q
     for pool, new in ((keys, rotate(k, cos, sin)), (values, v)):

@@ -95,12 +95,16 @@ def test_gradients_are_never_lost_to_the_compiled_kernels():
 
 
 def test_a_named_backend_is_used_or_refused(monkeypatch):
-    with pytest.raises(UserError, match=r"backend: 'cuda' is not known; choose one of compiled, torch, reference"):
-        choose("cuda")
+    x = torch.empty(1)
+    with pytest.raises(UserError, match=r"'cuda' is not known; choose one of triton, compiled, torch, reference"):
+        choose("cuda", x)
     monkeypatch.setattr(compiled, "library", None)
-    assert choose(None) == "torch"
+    assert choose(None, x) == "torch"
     with pytest.raises(UserError, match="was not built here"):
-        choose("compiled")
+        choose("compiled", x)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="triton"):  # not installed, or no GPU
+        choose("triton", x)
 
 
 @pytest.mark.parametrize("instructions", [False, True])

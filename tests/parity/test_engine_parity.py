@@ -204,7 +204,7 @@ def test_speculation_gives_the_bits_of_decoding_one_by_one(model, temperature):
 
 def rows_depend_on_company() -> str | None:
     """Say why bits cannot be promised here: decode rows need our kernels, prefill rows PyTorch's steady product."""
-    if choose(None) != "compiled":
+    if choose(None, torch.empty(0)) != "compiled":
         return "the compiled kernels were not built here"
     x, weight = torch.randn(512, 64), torch.randn(96, 64)
     whole = torch.nn.functional.linear(x, weight)

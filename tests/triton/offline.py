@@ -1,0 +1,97 @@
+"""Compile for a GPU that is not there: the programs that operations would launch, as Triton's compiler makes them.
+
+    python tests/triton/offline.py lightning decode    the cases of cases/lightning.py whose names contain "decode"
+
+A case is a function `case_…` in cases/, which runs an operation with backend="triton" on tensors of the meta device, at
+any size. Every launch is compiled, as it would be on an H200, and nothing runs: a case shows that the compiler takes the
+kernel, what it needs of a multiprocessor, and that the host asks for no value on its way (it would have to wait).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "cases"
+
+
+def main(names: list[str]) -> None:
+    """Compile the cases of files, or all, and print a line of JSON a launched kernel."""
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    files = [FOLDER / f"{names[0]}.py"] if names else sorted(FOLDER.glob("*.py"))
+    launched = _intercept()
+    for file in files:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name, case in vars(module).items():
+            if name.startswith("case_") and all(part in name for part in names[1:]):
+                launched.clear()
+                case()
+                for kernel, compiled in {id(c): (k, c) for k, c in launched}.values():
+                    print(json.dumps({"case": f"{file.stem}.{name}", "kernel": kernel, **_needs(compiled)}), flush=True)
+
+
+def _intercept() -> list:
+    """Make every launch compile for compute capability 9.0 and stop there; return the list that they are added to."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("meta")
+
+    launched: list = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        launched.append((self.__name__, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    driver.set_active(Absent())
+    return launched
+
+
+def _needs(compiled) -> dict:
+    """Return what a compiled kernel takes: registers a thread, bytes on the stack (spilled), shared memory, MMAs."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert found is not None, usage.stdout
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async", compiled.asm["ptx"])),
+        "mma": len(re.findall(r"\bmma\.sync", compiled.asm["ptx"])),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

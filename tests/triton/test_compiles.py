@@ -1,0 +1,26 @@
+"""The kernels, compiled for an H200 where there is none: what TRITON_INTERPRET=1 accepts, the compiler may not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+OFFLINE = Path(__file__).parent / "offline.py"
+SHARED_MEMORY = 227 << 10  # bytes that a program may have on compute capability 9.0
+CASES = sorted(path.stem for path in (OFFLINE.parent / "cases").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_launch_compiles_and_spills_nothing(name):
+    done = subprocess.run([sys.executable, OFFLINE, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel  # registers that went to memory
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
