@@ -156,7 +156,8 @@ class QuantizedModule(nn.Module):
             tiles, scales = getattr(self, f"{name}_tiles"), getattr(self, f"{name}_scales")
             if scales.dtype != old.scales.dtype:  # fn was to change the dtype as well; take only the move
                 scales = old.scales.to(scales.device)
-            self.hold(name, QuantizedWeight(tiles, scales, old.size_out, old.size_in, old.group_size))
+            moved = QuantizedWeight(tiles, scales, old.size_out, old.size_in, old.group_size)
+            self.hold(name, moved.in_tiles())
         return self
 
 

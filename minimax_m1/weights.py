@@ -144,7 +144,8 @@ def _read_quantized(
     """Read one matrix in the form of `like`: round it as `quantization` says, or (None) take it as it is stored."""
     if quantization is not None:
         return quantize_weight(_read(pieces[name]), quantization, name)
-    return from_checkpoint(_read(pieces[name]), _read(pieces[f"{name}_scale"]), like.size_in, like.group_size)
+    values, scales = (_read(pieces[n]).to(like.tiles.device) for n in (name, f"{name}_scale"))
+    return from_checkpoint(values, scales, like.size_in, like.group_size)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -270,7 +271,8 @@ def _materialise(model: nn.Module, pieces: dict[str, Piece], dtype: torch.dtype 
                 kept = _checkpoint_dtype(f"{prefix}.{name}", pieces)
                 if dtype is not None:
                     kept = torch.promote_types(dtype, torch.float32) if isinstance(module, Gate) else dtype
-                made[planned] = nn.Parameter(torch.empty_like(planned, dtype=kept, device=device))
+                memory = torch.empty_like(planned, dtype=kept, device=device)
+                made[planned] = nn.Parameter(memory, planned.requires_grad)
             setattr(module, name, made[planned])
 
 

@@ -14,12 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minimax_m1 import accounting
+from minimax_m1 import accounting, kernels
 from minimax_m1.config import PRESETS, QUANTIZATIONS, MiniMaxM1Config, QuantizationConfig
 from minimax_m1.errors import UserError
 from minimax_m1.kernels import compiled
+from minimax_m1.kernels.quantized import CPU_TILE, GPU_TILE
 from minimax_m1.model import MiniMaxM1ForCausalLM
-from minimax_m1.quantization import QuantizedModule, from_checkpoint, quantize_model, quantize_weight, to_checkpoint
+from minimax_m1.quantization import (
+    QuantizedModule,
+    from_checkpoint,
+    quantize_model,
+    quantize_weight,
+    quantized_matrices,
+    to_checkpoint,
+)
 from minimax_m1.settings import Quantization
 from minimax_m1.weights import find_pieces, load_model, quantize_checkpoint, save_model
 from tests.tolerances import LOGITS, relative_error
@@ -229,6 +237,36 @@ def test_moving_copying_and_state_dict(name: str) -> None:
     del state["model.layers.0.self_attn.qkv_proj.weight_scale"]
     with pytest.raises(RuntimeError, match=r"Missing key.*qkv_proj\.weight_scale"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_gpu_holds_rows_and_a_cpu_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def layouts(model: MiniMaxM1ForCausalLM) -> set[tuple[int, ...]]:
+        return {tuple(weight.tiles.shape[-2:]) for weight in quantized_matrices(model).values()}
+
+    model = quantized(name)
+    logits = model(IDS, backend="torch").logits
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_model(random_model(), tmp_path / "float")
+    save_model(model, tmp_path / "small")
+    assert layouts(model) == {CPU_TILE}
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels.quantized, "tile_of", lambda device: GPU_TILE)  # as if this were one
+        for here in (
+            model.to("cpu"),
+            load_model(tmp_path / "small"),
+            load_model(tmp_path / "float", quantization=name),
+            quantized(name),
+        ):
+            assert layouts(here) == {GPU_TILE}
+            assert_same_bits(here, quantized(name))
+            assert torch.equal(here(IDS, backend="torch").logits, logits)
+        model.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in state.items()})
+        model.load_state_dict(state)
+        assert layouts(model) == {GPU_TILE} and torch.equal(model(IDS, backend="torch").logits, logits)
+    model.to("cpu")
+    assert layouts(model) == {CPU_TILE}
+    assert_same_bits(model, quantized(name))
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -4,21 +4,22 @@ Shapes: a weight is [N, K], or a stack [..., N, K] of such; M rows. Column k of 
 
     value[n, k] * scale[n, k // group_size]        value: a whole number, -128 to 127 (8 bits) or -8 to 7 (4 bits)
 
-With 8 bits there is one scale a row. In memory values lie in tiles, as csrc/quantized.cpp reads them: 16 rows by 4
-columns (8 bits; each byte value + 128), or 16 rows by 8 columns (4 bits; byte b of a row holds column b below column
-4 + b, each value + 8), filled up to whole tiles.
+With 8 bits there is one scale a row. In memory values lie in tiles of R rows by B bytes, filled up to whole tiles:
+B columns (8 bits; each byte value + 128), or 2 B columns (4 bits; byte b of a row holds column b below column B + b,
+each value + 8). A CPU has tiles of 16 x 4, as csrc/quantized.cpp reads them; a GPU of 1 x 16, so that a weight's rows
+are contiguous: 8 bits are then plain rows of bytes, whose starts are multiples of 16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 16  # rows of a weight that lie together
+CPU_TILE, GPU_TILE = (16, 4), (1, 16)  # R, B: rows, and bytes of each, that lie together
 SCALE_DTYPES = {8: torch.float32, 4: torch.bfloat16}  # of 4 bits there are many, and a bfloat16 is fine enough
 
 
@@ -28,8 +29,8 @@ class QuantizedWeight:
 
     requires_grad: ClassVar[bool] = False
 
-    tiles: Tensor  # [..., ceil(N / 16), ceil(K / 4 or 8), 16, 4] uint8
-    scales: Tensor  # 8 bits: [..., ceil(N / 16), 1, 16] float32; 4 bits: [..., ceil(N / 16), groups, 16] bfloat16
+    tiles: Tensor  # [..., ceil(N / R), ceil(K / B or 2 B), R, B] uint8
+    scales: Tensor  # 8 bits: [..., ceil(N / R), 1, R] float32; 4 bits: [..., ceil(N / R), groups, R] bfloat16
     size_out: int  # N
     size_in: int  # K
     group_size: int | None  # columns that share a scale; None: all of a row, and 8 bits
@@ -48,25 +49,26 @@ class QuantizedWeight:
     def empty(cls, *shape: int, group_size: int | None, device: torch.device | str | None = None) -> QuantizedWeight:
         """Return a weight of this shape that holds anything."""
         *stack, size_out, size_in = shape
-        bits = 8 if group_size is None else 4
-        rows, columns = -(-size_out // TILE), -(-size_in // _columns(bits))
+        bits, tile = 8 if group_size is None else 4, tile_of(torch.empty(0, device=device).device)
+        rows, columns = -(-size_out // tile[0]), -(-size_in // _columns(bits, tile))
         groups = 1 if group_size is None else -(-size_in // group_size)
-        tiles = torch.empty(*stack, rows, columns, TILE, 4, dtype=torch.uint8, device=device)
-        scales = torch.empty(*stack, rows, groups, TILE, dtype=SCALE_DTYPES[bits], device=device)
+        tiles = torch.empty(*stack, rows, columns, *tile, dtype=torch.uint8, device=device)
+        scales = torch.empty(*stack, rows, groups, tile[0], dtype=SCALE_DTYPES[bits], device=device)
         return cls(tiles, scales, size_out, size_in, group_size)
 
     @classmethod
-    def pack(cls, values: Tensor, scales: Tensor, group_size: int | None) -> QuantizedWeight:
-        """Return the weight with these values [..., N, K] int8 and scales [..., N, groups]."""
+    def pack(
+        cls, values: Tensor, scales: Tensor, group_size: int | None, tile: tuple[int, int] | None = None
+    ) -> QuantizedWeight:
+        """Return the weight with these values [..., N, K] int8 and scales [..., N, groups], in the device's tiles."""
         size_out, size_in = values.shape[-2:]
-        bits = 8 if group_size is None else 4
-        columns = _columns(bits)
-        padding = (0, -size_in % columns, 0, -size_out % TILE)
-        raw = F.pad((values.to(torch.int16) + (128 if bits == 8 else 8)).to(torch.uint8), padding)
-        raw = raw.unflatten(-1, (-1, columns)).unflatten(-3, (-1, TILE)).transpose(-3, -2)  # [..., T, Q, 16, columns]
+        bits, tile = 8 if group_size is None else 4, tile or tile_of(values.device)
+        columns, filling = _columns(bits, tile), -size_out % tile[0]
+        raw = F.pad(values.view(torch.uint8), (0, -size_in % columns, 0, filling)) + (128 if bits == 8 else 8)
+        raw = raw.unflatten(-1, (-1, columns)).unflatten(-3, (-1, tile[0])).transpose(-3, -2)  # [..., T, Q, R, columns]
         if bits == 4:
-            raw = raw[..., :4] | (raw[..., 4:] << 4)
-        scales = F.pad(scales, (0, 0, 0, -size_out % TILE)).unflatten(-2, (-1, TILE)).transpose(-2, -1)
+            raw = raw[..., : tile[1]] | (raw[..., tile[1] :] << 4)
+        scales = F.pad(scales, (0, 0, 0, filling)).unflatten(-2, (-1, tile[0])).transpose(-2, -1)
         scales = scales.to(SCALE_DTYPES[bits])
         return cls(raw.contiguous(), scales.contiguous(), size_out, size_in, group_size)
 
@@ -76,8 +78,13 @@ class QuantizedWeight:
         if self.bits == 4:
             raw = torch.cat((raw & 15, raw >> 4), -1)
         raw = raw.transpose(-3, -2).flatten(-4, -3).flatten(-2)[..., : self.size_out, : self.size_in]
-        values = (raw.to(torch.int16) - (128 if self.bits == 8 else 8)).to(torch.int8)
+        values = (raw - (128 if self.bits == 8 else 8)).view(torch.int8)
         return values, self.scales.transpose(-2, -1).flatten(-3, -2)[..., : self.size_out, :].contiguous()
+
+    def in_tiles(self, tile: tuple[int, int] | None = None) -> QuantizedWeight:
+        """Return it in these tiles, None for those of its device; itself if it lies in them already."""
+        tile = tile or tile_of(self.tiles.device)
+        return self if self.tiles.shape[-2:] == tile else self.pack(*self.unpack(), self.group_size, tile)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the float weight, its stack laid along N: [... N, K] as a matrix."""
@@ -95,10 +102,19 @@ class QuantizedWeight:
     def copy_(self, other: QuantizedWeight) -> None:
         """Take over the values and scales of a weight of the same form."""
         assert self.shape == other.shape and self.group_size == other.group_size
+        device, tile = self.tiles.device, self.tiles.shape[-2:]
+        other = replace(other, tiles=other.tiles.to(device), scales=other.scales.to(device)).in_tiles(
+            (tile[0], tile[1])
+        )
         self.tiles.copy_(other.tiles)
         self.scales.copy_(other.scales)
 
 
-def _columns(bits: int) -> int:
+def tile_of(device: torch.device) -> tuple[int, int]:
+    """Return R and B of a weight on this device."""
+    return GPU_TILE if device.type == "cuda" else CPU_TILE
+
+
+def _columns(bits: int, tile: tuple[int, int]) -> int:
     """The columns of a tile."""
-    return 4 if bits == 8 else 8
+    return tile[1] * (8 // bits)

@@ -13,7 +13,7 @@ from minimax_m1.errors import UserError
 from minimax_m1.kernels import compiled
 from minimax_m1.kernels.experts import expert_mlp
 from minimax_m1.kernels.linear import linear
-from minimax_m1.kernels.quantized import QuantizedWeight
+from minimax_m1.kernels.quantized import CPU_TILE, GPU_TILE, QuantizedWeight
 from tests.tolerances import KERNEL, relative_error
 
 GROUP_SIZES = [None, 32, 64, 128]  # None: 8 bits
@@ -78,16 +78,31 @@ def rounding_bound(x, weight):
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pack_and_unpack(shape, group_size):
-    weight = random_weight(2, 3, *shape, group_size=group_size)
+@pytest.mark.parametrize("tile", [CPU_TILE, GPU_TILE])
+def test_pack_and_unpack(shape, group_size, tile):
+    weight = random_weight(2, 3, *shape, group_size=group_size).in_tiles(tile)
+    assert weight.tiles.shape[-2:] == tile and weight.in_tiles(tile) is weight
     values, scales = weight.unpack()
     assert weight.shape == (2, 3, *shape) == tuple(values.shape)
-    again = QuantizedWeight.pack(values, scales, group_size)
+    again = QuantizedWeight.pack(values, scales, group_size, tile)
     assert torch.equal(again.tiles, weight.tiles) and torch.equal(again.scales, weight.scales)
     k = torch.arange(shape[1]) // (group_size or shape[1])
     expected = values.double() * scales.double()[..., k]
     assert torch.equal(weight.dequantize(torch.float64), expected.view(-1, shape[1]))
     assert torch.equal(weight[1][2].dequantize(torch.float64), expected[1, 2])
+
+
+def test_rows_of_a_gpu_are_contiguous():
+    values = torch.arange(-40, 60, dtype=torch.int8).view(2, 50)
+    rows = QuantizedWeight.pack(values, torch.ones(2, 1), None, GPU_TILE).tiles.view(2, -1)
+    assert rows.shape == (2, 64)
+    assert torch.equal(rows[:, :50].int() - 128, values.int()) and bool((rows[:, 50:] == 128).all())
+    values = torch.arange(90).view(2, 45).remainder(16).to(torch.int8) - 8
+    rows = QuantizedWeight.pack(values, torch.ones(2, 2), 32, GPU_TILE).tiles.view(2, -1)
+    assert rows.shape == (2, 32)
+    assert torch.equal((rows[:, :16] & 15).int() - 8, values[:, :16].int())
+    assert torch.equal((rows[:, :16] >> 4).int() - 8, values[:, 16:32].int())
+    assert torch.equal((rows[:, 16:29] & 15).int() - 8, values[:, 32:].int())
 
 
 @pytest.mark.slow
