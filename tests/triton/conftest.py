@@ -1,0 +1,31 @@
+"""What Triton's interpreter lacks for these tests."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted_bfloat16():
+    """Make the interpreter multiply and round bfloat16 as a GPU does.
+
+    It keeps one as the 16-bit integer of its bits: `tl.dot` multiplies those, and a cast cuts a float32's bits off.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened_dot(self, a, b, *rest):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    def rounded_cast(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        return TensorHandle(torch.from_numpy(x.data.copy()).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = widened_dot, rounded_cast
