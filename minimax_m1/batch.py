@@ -5,7 +5,9 @@ Shapes: T tokens of N sequences end to end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,14 +56,19 @@ class ForwardBatch:
             torch.cumsum(lengths, 0, out=cu_seqlens[1:])
             positions = torch.arange(int(cu_seqlens[-1])) + (past - cu_seqlens[:-1]).repeat_interleave(lengths)
         return cls(
-            cu_seqlens.to(device),
-            positions.to(device),
+            to_device(cu_seqlens, device),
+            to_device(positions, device),
             list(seqlens),
             list(past_lens),
             backend,
             cached,
             expert_threshold,
         )
+
+    @property
+    def bounds(self) -> list[int]:
+        """What `cu_seqlens` holds, known without asking the device."""
+        return [0, *accumulate(self.seqlens)]
 
     @property
     def num_decode_rows(self) -> int | None:
@@ -86,3 +93,20 @@ class CachedRows:
     num_decodes: int  # the first so many sequences decode
     num_decode_rows: int  # their rows: one each, or more where drafted tokens are verified
     drafts: dict[int, tuple[Tensor, Tensor]] | None = field(default=None)  # layer -> k, v of the decode rows, if kept
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait for a GPU, which gets it in its turn."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)  # pinned memory is not reused before it was read
+    return x.to(device)
+
+
+def together_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Do what `to_device` does, for vectors [n] int64 of the host, in a single copy."""
+    widths = [len(x) + len(x) % 2 for x in tensors]  # each at 16 bytes: Triton compiles anew for other addresses
+    joined = torch.empty(sum(widths), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for place, x in zip(joined.split(widths), tensors, strict=True):
+        place[: len(x)] = x
+    moved = joined.to(device, non_blocking=True).split(widths)
+    return [place[: len(x)] for place, x in zip(moved, tensors, strict=True)]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimax_m1.batch import CachedRows, ForwardBatch
+from minimax_m1.batch import CachedRows, ForwardBatch, to_device, together_to_device
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 
@@ -112,6 +112,9 @@ class HybridCache:
     layer. The memory is only reserved, and taken by the operating system as tokens arrive. The state of a lightning
     layer has the same size at any length: [slots, H, D, D] float32 a layer, whatever the model's dtype (bfloat16 states
     lose characters: vllm#19592).
+
+    Behind the last slot and the last page there is one more of each, which belongs to no sequence: rows that only pad
+    a batch read and write there.
     """
 
     def __init__(
@@ -129,15 +132,20 @@ class HybridCache:
         pages_each = -(-max_len // PAGE_SIZE)
         self.max_seqs, self.max_len = max_seqs, max_len
         self.pool = PagePool(max_seqs * pages_each if num_pages is None else num_pages)
-        self.lens = [0] * max_seqs  # tokens of the sequence in each slot
+        self.spare_slot, spare_page = max_seqs, self.pool.num_pages
+        self.lens = [0] * (max_seqs + 1)  # tokens of the sequence in each slot
         self.pages: list[list[int]] = [[] for _ in range(max_seqs)]  # of each slot, in order
-        self.block_tables = torch.zeros(max_seqs, pages_each, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(max_seqs + 1, pages_each, dtype=torch.int32, device=device)
+        self.block_tables[self.spare_slot] = spare_page
         state_dtype = torch.promote_types(dtype, torch.float32)
         num_lightning, num_softmax = len(config.lightning_layers), len(config.softmax_layers)
-        self._states = torch.zeros(num_lightning, max_seqs, heads, head_dim, head_dim, dtype=state_dtype, device=device)
-        shape = (num_softmax, groups, self.pool.num_pages, PAGE_SIZE, head_dim)
+        states_shape = (num_lightning, max_seqs + 1, heads, head_dim, head_dim)
+        self._states = torch.zeros(states_shape, dtype=state_dtype, device=device)
+        shape = (num_softmax, groups, spare_page + 1, PAGE_SIZE, head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
+        for pool in (self._keys, self._values):
+            pool[:, :, spare_page].zero_()  # padding computes with numbers, whatever they are
         self.states = dict(zip(config.lightning_layers, self._states, strict=True))  # layer -> [slots, H, D, D]
         self.keys = dict(zip(config.softmax_layers, self._keys, strict=True))  # layer -> [G, pages, PAGE_SIZE, D]
         self.values = dict(zip(config.softmax_layers, self._values, strict=True))
@@ -172,29 +180,59 @@ class HybridCache:
             num_decodes = 0
             while num_decodes < len(slots) and seqlens[num_decodes] == 1 and past_lens[num_decodes] > 0:
                 num_decodes += 1
-        device = self.block_tables.device
-        layout = ForwardBatch.packed(
-            seqlens, past_lens=past_lens, device=device, backend=backend, expert_threshold=expert_threshold
-        )
-        slot_ids = torch.tensor(slots, dtype=torch.int64, device=device)
-        num_rows = sum(seqlens[:num_decodes])
-        if len(layout.positions) == len(slots):
-            row_slots, kv_lens = slot_ids, layout.positions + 1
+        layout = ForwardBatch.packed(seqlens, past_lens=past_lens, backend=backend, expert_threshold=expert_threshold)
+        cu_seqlens, positions = layout.cu_seqlens, layout.positions
+        slot_ids = torch.tensor(slots, dtype=torch.int64)
+        if len(positions) == len(slots):
+            row_slots, kv_lens = slot_ids, positions + 1
         else:
-            lengths = torch.tensor(seqlens, dtype=torch.int64, device=device)
+            lengths = torch.tensor(seqlens, dtype=torch.int64)
             row_slots = slot_ids.repeat_interleave(lengths)
-            kv_lens = torch.tensor(past_lens, dtype=torch.int64, device=device) + lengths
-        pages = self.block_tables[row_slots, layout.positions // PAGE_SIZE].long()
+            kv_lens = torch.tensor(past_lens, dtype=torch.int64) + lengths
+        device = self.block_tables.device
+        if device.type != "cpu":
+            on_host = (cu_seqlens.long(), positions, slot_ids, row_slots, kv_lens)
+            cu_seqlens, positions, slot_ids, row_slots, kv_lens = together_to_device(on_host, device)
+            cu_seqlens = cu_seqlens.int()
         cached = CachedRows(
             slots=list(slots),
             slot_ids=slot_ids,
             kv_lens=kv_lens,
-            token_rows=pages * PAGE_SIZE + layout.positions % PAGE_SIZE,
+            token_rows=self._token_rows(row_slots, positions),
             num_decodes=num_decodes,
-            num_decode_rows=num_rows,
+            num_decode_rows=sum(seqlens[:num_decodes]),
             drafts={} if keep_drafts else None,
         )
-        return dataclasses.replace(layout, cached=cached)
+        return dataclasses.replace(layout, cu_seqlens=cu_seqlens, positions=positions, cached=cached)
+
+    def decode_batch(
+        self, slot_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, backend: str | None = None
+    ) -> ForwardBatch:
+        """Return the batch of one new token for each of N sequences of which only the device knows which they are.
+
+        Nothing that depends on the sequences is in its Python values, so a run of it can be recorded and repeated with
+        other contents of the tensors. The sequences' pages are there already, and nobody has counted the tokens after
+        the run: `lens` is the caller's to keep.
+
+        Args:
+            slot_ids: [N] int64; `spare_slot` for rows that are padding.
+            positions: [N] int64, the sequences' tokens before this one; 0 for padding.
+            cu_seqlens: [N + 1] int32: 0, 1, 2, ...
+        """
+        num_rows = slot_ids.shape[0]
+        cached = CachedRows(
+            slots=[self.spare_slot] * num_rows,
+            slot_ids=slot_ids,
+            kv_lens=positions + 1,
+            token_rows=self._token_rows(slot_ids, positions),
+            num_decodes=num_rows,
+            num_decode_rows=num_rows,
+        )
+        return ForwardBatch(cu_seqlens, positions, [1] * num_rows, [0] * num_rows, backend, cached)
+
+    def _token_rows(self, row_slots: Tensor, positions: Tensor) -> Tensor:
+        pages = self.block_tables[row_slots, positions // PAGE_SIZE].long()
+        return pages * PAGE_SIZE + positions % PAGE_SIZE
 
     def commit(self, batch: ForwardBatch) -> None:
         """Count the tokens of a batch that has run through every layer."""
@@ -232,7 +270,8 @@ class HybridCache:
 
     def _add_pages(self, slot: int, pages: list[int]) -> None:
         start = len(self.pages[slot])
-        self.block_tables[slot, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        added = to_device(torch.tensor(pages, dtype=torch.int32), self.block_tables.device)
+        self.block_tables[slot, start : start + len(pages)] = added
         self.pages[slot] += pages
 
     # -- moving state -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from minimax_m1.batch import to_device
 from minimax_m1.cache import HybridCache
 from minimax_m1.continuation import Continuation, choose_tokens
 from minimax_m1.errors import UserError
@@ -206,7 +207,7 @@ def _steps(
         rows = [row for row in rows if outputs[row].finish_reason is None]
         if not rows:
             return
-        step = torch.tensor([outputs[row].output_ids[-1] for row in rows], device=model.device)
+        step = to_device(torch.tensor([outputs[row].output_ids[-1] for row in rows]), model.device)
         hidden, _ = model.forward_packed(step, cache.batch(rows, [1] * len(rows), backend), cache)
 
 
@@ -234,8 +235,8 @@ def _prefill(
         rows, seqlens = [row for row, _, _ in pieces], [stop - start for _, start, stop in pieces]
         tokens = [token for row, start, stop in pieces for token in prompts[row][start:stop]]
         batch = cache.batch(rows, seqlens, backend, num_decodes=0)
-        hidden, _ = model.forward_packed(torch.tensor(tokens, device=model.device), batch, cache)
-        ends = batch.cu_seqlens[1:].tolist()
+        hidden, _ = model.forward_packed(to_device(torch.tensor(tokens), model.device), batch, cache)
+        ends = batch.bounds[1:]
         for (row, _, stop), end in zip(pieces, ends, strict=True):
             if stop == len(prompts[row]):
                 last[row] = hidden[end - 1].clone()  # a view would keep the whole chunk

@@ -88,14 +88,16 @@ class MiniMaxM1ForCausalLM(nn.Module):
         Returns:
             hidden [T, hidden] after the final norm, and each layer's routing.
         """
-        return self.model(input_ids, batch, cache)
+        with torch.cuda.device_of(input_ids):  # Triton launches on the current GPU; on a CPU this does nothing
+            return self.model(input_ids, batch, cache)
 
     def compute_logits(self, hidden: Tensor, backend: str | None = None, num_decodes: int | None = None) -> Tensor:
         """Return the logits [n, vocab] of hidden [n, hidden], computed in float32 (float64 for a float64 model).
 
         `num_decodes` as in `kernels.linear.linear`: the first so many rows go through the row kernels.
         """
-        return self.lm_head.logits(hidden, backend, num_decodes)
+        with torch.cuda.device_of(hidden):
+            return self.lm_head.logits(hidden, backend, num_decodes)
 
     # -- the public wrapper: the only place with a batch dimension and padding ----------------------------------------
 

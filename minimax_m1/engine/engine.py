@@ -54,10 +54,11 @@ class Engine:
         """Plan the memory and make the pools.
 
         Args:
-            model: its weights are used as they are; call `forget_prefixes` after changing them.
+            model: its weights are used as they are; change them in place only, and call `forget_prefixes` then.
             tokenizer: needed for prompts that are texts, for stop strings, thinking budgets and grammars.
             settings: None: the defaults.
-            backend: kernels to run with, one of `kernels.BACKENDS`; None: the fastest.
+            backend: kernels to run with, one of `kernels.BACKENDS`; None: the fastest. With "triton" on a GPU, steps
+                in which every sequence decodes one token are replayed as CUDA graphs (`decode_graphs`).
 
         Raises:
             UserError: settings that cannot be used, such as a cache too small for one sequence.
@@ -285,9 +286,10 @@ class Engine:
         """Advance what the scheduler chose by one forward pass; return what every output gained."""
         step = self.scheduler.schedule()
         if step.chunks:
-            batch, hidden, routings = self.runner.run(step)
-            kept = self.runner.sample(step, batch, hidden)
-            self.runner.commit(step, batch, hidden, routings, kept)
+            with torch.cuda.device_of(self.model.lm_head.weight):  # kernels are launched on the current GPU
+                hidden, routings = self.runner.run(step)
+                kept = self.runner.sample(step, hidden)
+                self.runner.commit(step, hidden, routings, kept)
             for sequence in list(self.scheduler.running):
                 self._report(sequence)
         deltas, self._deltas = self._deltas, []

@@ -89,7 +89,7 @@ def record_routing(
     """Add one step to the logs of its requests.
 
     Args:
-        routings: of every layer, T rows each.
+        routings: of every layer, T rows each, of which those at the end may be padding.
         rows: (log, first row, last row + 1) of each request, ascending, without overlap; rows in none of them, such as
             rejected drafts, are not counted. A log of None counts in `totals` only.
         totals: gets what all of these rows used.
@@ -97,8 +97,11 @@ def record_routing(
     rows = [(log, start, stop) for log, start, stop in rows if stop > start and (log is not None or totals is not None)]
     if not rows:
         return
-    ids = torch.stack([routing.expert_ids for routing in routings]).cpu().numpy()  # [L, T, K]
-    weights = torch.stack([routing.expert_weights for routing in routings]).cpu().numpy()
+    all_ids, all_weights = (torch.stack(tensors) for tensors in list(zip(*routings, strict=True))[1:])  # [L, T, K]
+    on_host = [x.to("cpu", non_blocking=True) for x in (all_ids, all_weights)]
+    if all_ids.is_cuda:
+        torch.cuda.current_stream(all_ids.device).synchronize()  # one wait for both
+    ids, weights = (x.numpy() for x in on_host)
     (num_layers, num_rows, _), num_experts = ids.shape, routings[0].probs.shape[-1]
     owners = np.full(num_rows, len(rows))  # of each row, its place in `rows`; the last place is for nobody's
     end = 0

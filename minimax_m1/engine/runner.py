@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch
+from minimax_m1.batch import ForwardBatch, to_device
 from minimax_m1.cache import PAGE_SIZE, HybridCache
 from minimax_m1.continuation import choose_tokens
+from minimax_m1.engine.decode_graphs import DecodeGraphs
 from minimax_m1.engine.routing_log import RoutingLog, record_routing
 from minimax_m1.engine.scheduler import Scheduler, Step
 from minimax_m1.engine.sequence import Sequence
 from minimax_m1.engine.speculation import roll_back
+from minimax_m1.kernels import choose
 from minimax_m1.model import MiniMaxM1ForCausalLM, Routing
 from minimax_m1.sampling import forbidden_ids, prompt_logprobs
 
@@ -39,10 +41,17 @@ class Runner:
         self.totals = totals  # the routing of everything that has run
         self.forbidden = forbidden_ids(model.model.embed_tokens.weight, num_valid_tokens)
         self._mask_worker = ThreadPoolExecutor(1, "grammar")
-        self._states_before: dict[int, Tensor] = {}  # slot -> lightning states, of those that verify drafts
+        self.graphs: DecodeGraphs | None = None
+        if model.device.type == "cuda" and choose(backend, model.lm_head.weight) == "triton":
+            self.graphs = DecodeGraphs(model, cache, backend)
+        self._drafted: ForwardBatch | None = None  # the layout of a step that verifies drafts
+        self._states_before: dict[int, Tensor] = {}  # slot -> lightning states, of those that have drafts
 
-    def run(self, step: Step) -> tuple[ForwardBatch, Tensor, list[Routing]]:
-        """Run every chunk; return the layout, the hidden states [T, hidden] and each layer's routing."""
+    def run(self, step: Step) -> tuple[Tensor, list[Routing]]:
+        """Run every chunk; return the hidden states [T, hidden] and each layer's routing, of T rows or more.
+
+        Both are valid until the next run.
+        """
         chunks = step.chunks
         for chunk in chunks:
             if chunk.sequence.continuation.has_grammar and chunk.completes:  # it is worked out while the network runs
@@ -51,28 +60,30 @@ class Runner:
         seqlens = [len(chunk.token_ids) for chunk in chunks]
         slots = [_slot(chunk.sequence) for chunk in chunks]
         thresholds = [chunk.sequence.params.expert_threshold for chunk in chunks]
+        drafting = [_slot(chunk.sequence) for chunk in step.decodes if chunk.num_drafts]
+        if self.graphs is not None and not step.prefills and not drafting and min(thresholds) >= 1:
+            return self.graphs.run(token_ids, slots)
         batch = self.cache.batch(
             slots,
             seqlens,
             self.backend,
             num_decodes=len(step.decodes),
-            keep_drafts=any(chunk.num_drafts for chunk in step.decodes),
+            keep_drafts=bool(drafting),
             expert_threshold=_per_token(thresholds, seqlens, self.model.device) if min(thresholds) < 1 else None,
         )
-        drafting = [_slot(chunk.sequence) for chunk in step.decodes if chunk.num_drafts]
+        self._drafted = batch if drafting else None
         self._states_before = {slot: self.cache.read_states(slot) for slot in drafting}
-        ids = torch.tensor(token_ids, device=self.model.device)
-        hidden, routings = self.model.forward_packed(ids, batch, self.cache)
-        return batch, hidden, routings
+        ids = to_device(torch.tensor(token_ids), self.model.device)
+        return self.model.forward_packed(ids, batch, self.cache)
 
-    def sample(self, step: Step, batch: ForwardBatch, hidden: Tensor) -> list[int]:
+    def sample(self, step: Step, hidden: Tensor) -> list[int]:
         """Choose the next token of every sequence whose tokens have all run; return how many tokens of each chunk stay.
 
         A sequence with drafts goes on as long as the token that it drew is the one that was drafted.
         """
         chunks = step.chunks
         kept = [len(chunk.token_ids) - chunk.num_drafts for chunk in chunks]
-        bounds = batch.cu_seqlens.tolist()
+        bounds = step.bounds
         drawing: list[tuple[Sequence, int]] = []  # a sequence, and the first row of `logits` that is its own
         rows: list[int] = []  # of hidden
         index_of: dict[Sequence, int] = {}  # of those with drafts
@@ -86,13 +97,13 @@ class Runner:
                     index_of[chunk.sequence] = i
         if not drawing:
             return kept
-        own = hidden if len(rows) == len(hidden) else hidden[rows]  # `rows` rises
+        own = hidden if len(rows) == len(hidden) else _take(hidden, rows)  # `rows` rises
         logits = self.model.compute_logits(own, self.backend, num_decodes=len(rows))
         everyone, place = list(range(len(rows))), 0
         while drawing:
             at = [row + place for _, row in drawing]
             continuations = [sequence.continuation for sequence, _ in drawing]
-            choices = choose_tokens(logits if at == everyone else logits[at], continuations, self.forbidden)
+            choices = choose_tokens(logits if at == everyone else _take(logits, at), continuations, self.forbidden)
             going_on = []
             for (sequence, row), choice in zip(drawing, choices, strict=True):
                 sequence.continuation.append(*choice)
@@ -108,12 +119,13 @@ class Runner:
             drawing, place = going_on, place + 1
         return kept
 
-    def commit(self, step: Step, batch: ForwardBatch, hidden: Tensor, routings: list[Routing], kept: list[int]) -> None:
+    def commit(self, step: Step, hidden: Tensor, routings: list[Routing], kept: list[int]) -> None:
         """Take note of what has run: state, checkpoints, logs."""
         wrong = {i: n for i, n in enumerate(kept) if n < len(step.chunks[i].token_ids)}
         if wrong:
-            roll_back(self.model, self.cache, batch, wrong, self._states_before)
-        bounds = batch.cu_seqlens.tolist()
+            assert self._drafted is not None
+            roll_back(self.model, self.cache, self._drafted, wrong, self._states_before)
+        bounds = step.bounds
         logged = []
         for i, chunk in enumerate(step.chunks):
             sequence = chunk.sequence
@@ -171,4 +183,8 @@ def _slot(sequence: Sequence) -> int:
 
 def _per_token(values: list[float], seqlens: list[int], device: torch.device) -> Tensor:
     """Repeat each sequence's value for its tokens: [T] float32."""
-    return torch.tensor(values).repeat_interleave(torch.tensor(seqlens)).to(device)
+    return to_device(torch.tensor(values).repeat_interleave(torch.tensor(seqlens)), device)
+
+
+def _take(x: Tensor, rows: list[int]) -> Tensor:
+    return x[to_device(torch.tensor(rows), x.device)]

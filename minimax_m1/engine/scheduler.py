@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 
 from minimax_m1.cache import PAGE_SIZE, HybridCache, SequenceState
 from minimax_m1.engine.prefix_cache import PrefixCache, checkpoint_positions
@@ -46,6 +47,11 @@ class Step:
     def chunks(self) -> list[Chunk]:
         """All chunks, in the order of the batch."""
         return self.decodes + self.prefills
+
+    @property
+    def bounds(self) -> list[int]:
+        """The row of the batch at which each chunk begins, and the number of all rows."""
+        return [0, *accumulate(len(chunk.token_ids) for chunk in self.chunks)]
 
 
 class Scheduler:

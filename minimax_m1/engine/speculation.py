@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch
+from minimax_m1.batch import ForwardBatch, together_to_device
 from minimax_m1.cache import HybridCache
 from minimax_m1.kernels.lightning import lightning_decode
 from minimax_m1.model import LightningAttention, MiniMaxM1ForCausalLM
@@ -37,7 +37,7 @@ def roll_back(
     assert batch.cached is not None and batch.cached.drafts is not None
     slots: list[int] = []
     bounds, rows = [0], list[int]()
-    starts = batch.cu_seqlens.tolist()
+    starts = batch.bounds
     for index, count in kept.items():
         slot = batch.cached.slots[index]
         assert 0 < count < batch.seqlens[index]
@@ -47,8 +47,9 @@ def roll_back(
         rows += range(starts[index], starts[index] + count)
         bounds.append(len(rows))
     device = batch.cu_seqlens.device
-    slot_ids, row_ids = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    on_host = [torch.tensor(values, dtype=torch.int64) for values in (slots, rows, bounds)]
+    slot_ids, row_ids, cu_seqlens = together_to_device(on_host, device)
+    cu_seqlens = cu_seqlens.int()
     for layer, (k, v) in batch.cached.drafts.items():
         attention = model.model.layers[layer].self_attn
         assert isinstance(attention, LightningAttention)
