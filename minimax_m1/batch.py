@@ -47,14 +47,7 @@ class ForwardBatch:
         """Lay sequences of `seqlens` new tokens end to end, each behind its `past_lens` (default 0) earlier tokens."""
         past_lens = [0] * len(seqlens) if past_lens is None else past_lens
         assert len(past_lens) == len(seqlens)
-        past = torch.tensor(past_lens, dtype=torch.int64)
-        if max(seqlens, default=0) == min(seqlens, default=0) == 1:  # every sequence decodes: a short way
-            cu_seqlens, positions = torch.arange(len(seqlens) + 1, dtype=torch.int32), past
-        else:
-            lengths = torch.tensor(seqlens, dtype=torch.int64)
-            cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int32)
-            torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-            positions = torch.arange(int(cu_seqlens[-1])) + (past - cu_seqlens[:-1]).repeat_interleave(lengths)
+        cu_seqlens, positions = lay_out(seqlens, past_lens)
         return cls(
             to_device(cu_seqlens, device),
             to_device(positions, device),
@@ -93,6 +86,17 @@ class CachedRows:
     num_decodes: int  # the first so many sequences decode
     num_decode_rows: int  # their rows: one each, or more where drafted tokens are verified
     drafts: dict[int, tuple[Tensor, Tensor]] | None = field(default=None)  # layer -> k, v of the decode rows, if kept
+
+
+def lay_out(seqlens: list[int], past_lens: list[int]) -> tuple[Tensor, Tensor]:
+    """Return `cu_seqlens` and `positions` of a batch, on the host."""
+    past = torch.tensor(past_lens, dtype=torch.int64)
+    if max(seqlens, default=0) == min(seqlens, default=0) == 1:  # every sequence decodes: a short way
+        return torch.arange(len(seqlens) + 1, dtype=torch.int32), past
+    lengths = torch.tensor(seqlens, dtype=torch.int64)
+    cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    return cu_seqlens, torch.arange(int(cu_seqlens[-1])) + (past - cu_seqlens[:-1]).repeat_interleave(lengths)
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

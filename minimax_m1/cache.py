@@ -6,7 +6,6 @@ layers, Ll lightning layers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimax_m1.batch import CachedRows, ForwardBatch, to_device, together_to_device
+from minimax_m1.batch import CachedRows, ForwardBatch, lay_out, to_device, together_to_device
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
 
@@ -180,8 +179,7 @@ class HybridCache:
             num_decodes = 0
             while num_decodes < len(slots) and seqlens[num_decodes] == 1 and past_lens[num_decodes] > 0:
                 num_decodes += 1
-        layout = ForwardBatch.packed(seqlens, past_lens=past_lens, backend=backend, expert_threshold=expert_threshold)
-        cu_seqlens, positions = layout.cu_seqlens, layout.positions
+        cu_seqlens, positions = lay_out(seqlens, past_lens)
         slot_ids = torch.tensor(slots, dtype=torch.int64)
         if len(positions) == len(slots):
             row_slots, kv_lens = slot_ids, positions + 1
@@ -203,7 +201,7 @@ class HybridCache:
             num_decode_rows=sum(seqlens[:num_decodes]),
             drafts={} if keep_drafts else None,
         )
-        return dataclasses.replace(layout, cu_seqlens=cu_seqlens, positions=positions, cached=cached)
+        return ForwardBatch(cu_seqlens, positions, list(seqlens), past_lens, backend, cached, expert_threshold)
 
     def decode_batch(
         self, slot_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, backend: str | None = None
