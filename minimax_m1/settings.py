@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Backend = Literal["compiled", "torch", "reference"]
+Backend = Literal["triton", "compiled", "torch", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 GpuName = Literal["a100-40gb", "a100-80gb", "h100", "h800", "h200", "b200", "l40s", "rtx4090"]  # of planning.GPUS
 Quantization = Literal["int8", "int8-experts", "int4", "int4-g32", "int4-g64", "int4-g128"]
