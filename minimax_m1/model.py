@@ -345,11 +345,19 @@ class SoftmaxAttention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(u, batch).unflatten(1, (-1, self.head_dim)) for proj in projections)
         if batch.context is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = (rotate(x, *rotary, batch.backend) for x in (q, k))
             o = softmax_attention_divided(q, k, v, context=batch.context, window=self.window, backend=batch.backend)
         elif cache is None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-            o = softmax_attention(q, k, v, cu_seqlens=batch.cu_seqlens, window=self.window, backend=batch.backend)
+            q, k = (rotate(x, *rotary, batch.backend) for x in (q, k))
+            o = softmax_attention(
+                q,
+                k,
+                v,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=max(batch.seqlens, default=0),
+                window=self.window,
+                backend=batch.backend,
+            )
         else:
             assert batch.cached is not None
             keys, values = cache.keys[self.index], cache.values[self.index]
@@ -363,6 +371,7 @@ class SoftmaxAttention(nn.Module):
                 slots=batch.cached.slot_ids,
                 block_tables=cache.block_tables,
                 num_decodes=batch.cached.num_decodes,
+                num_decode_rows=batch.cached.num_decode_rows,
                 window=self.window,
                 backend=batch.backend,
             )

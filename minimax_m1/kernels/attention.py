@@ -14,20 +14,37 @@ from minimax_m1.kernels.attention_torch import attend_torch
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, window: int | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Run causal attention inside each packed sequence; differentiable in q, k and v.
+
+    `triton` on a GPU is a library's FlashAttention, the package's or PyTorch's, for what those take (16-bit floats,
+    head sizes that are multiples of 8 up to 256), and our kernels for all else: `attention_triton.library` says which.
+    The library's gradients have the same bits each time only under `torch.use_deterministic_algorithms`.
 
     Args:
         q: [T, H, D], k, v: [T, G, D], any float dtype; the softmax is in float32 or better.
         cu_seqlens: [N + 1] int32; sequence i is rows cu_seqlens[i]:cu_seqlens[i + 1].
+        max_seqlen: no sequence is longer; None: T. It only saves empty programs.
         window: each token sees this many last tokens, itself included; None: all.
         backend: one of `kernels.BACKENDS`, or None for the fastest.
 
     Returns:
         [T, H, D] in the dtype of q.
     """
-    attend = attend_reference if choose(backend, q) == "reference" else attend_torch
+    chosen = choose(backend, q)
+    if chosen == "triton":
+        from minimax_m1.kernels.attention_triton import attend_packed
+
+        return attend_packed(q, k, v, cu_seqlens, window, max_seqlen)
+    attend = attend_reference if chosen == "reference" else attend_torch
     bounds = cu_seqlens.tolist()
     outputs = [
         attend(q[start:end], k[start:end].transpose(0, 1), v[start:end].transpose(0, 1), window)
@@ -47,6 +64,7 @@ def softmax_attention_cached(
     slots: Tensor,
     block_tables: Tensor,
     num_decodes: int,
+    num_decode_rows: int | None = None,
     window: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -62,12 +80,18 @@ def softmax_attention_cached(
         slots: [N] int64, the row of `block_tables` of each sequence.
         block_tables: [slots, most pages] int32; entry j is the page of tokens j PAGE_SIZE to (j + 1) PAGE_SIZE - 1.
         num_decodes: the first so many sequences decode: few rows each, through a kernel of their own.
+        num_decode_rows: their rows; None: read from cu_seqlens, for which the host waits.
         window, backend: as in `softmax_attention`.
 
     Returns:
         [T, H, D] in the dtype of q.
     """
     chosen = choose(backend, q)
+    if chosen == "triton":
+        from minimax_m1.kernels.attention_triton import attend_cached
+
+        cut = int(cu_seqlens[num_decodes]) if num_decode_rows is None else num_decode_rows
+        return attend_cached(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, cut, window)
     if chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
         return _cached_compiled(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, window)
     attend = attend_reference if chosen == "reference" else attend_torch
