@@ -202,8 +202,8 @@ class ReportSettings:
 class BenchSettings:
     """Options of `minimax-m1 bench`."""
 
-    sizes: tuple[Literal["nano", "small"], ...] = option(("nano", "small"), "presets to measure")
-    quick: bool = option(False, "shorter and coarser, to see whether everything runs")
+    sizes: tuple[Literal["nano", "small"], ...] = option(("nano", "small"), "presets to measure on a CPU")
+    quick: bool = option(False, "on a CPU: shorter and coarser, to see whether everything runs")
     only: tuple[str, ...] = option((), "cases to measure [default: all]")
     json: Path | None = option(None, "file to write the figures to")
 
