@@ -35,7 +35,7 @@ def test_a_quick_run_writes_its_figures(tmp_path, capsys):
 
 
 def test_an_unknown_case_is_refused_before_anything_is_measured():
-    with pytest.raises(UserError, match="only: 'speed' is not a case; choose from prefill-8k"):
+    with pytest.raises(UserError, match="only: 'speed' is not a case on this machine; choose from prefill-8k"):
         main(BenchSettings(only=("speed",)))
 
 
