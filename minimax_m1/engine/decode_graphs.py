@@ -33,7 +33,8 @@ class DecodeGraphs:
         """Record nothing yet; with this `backend`, no operation of a decoding step may make the host wait."""
         self._model, self._cache, self._backend = model, cache, backend
         self._device = model.device
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        if self._device.type == "cuda":  # one of each for all graphs: they never run at the same time
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         self._recorded: dict[int, tuple[Tensor, Callable[[], Outcome]]] = {}  # N -> its inputs, and what runs them
 
     @property
@@ -82,14 +83,13 @@ class DecodeGraphs:
 
     def _record(self, forward: Callable[[], Outcome]) -> Callable[[], Outcome]:
         """Run `forward` once, on padding, and record it; return what replays it."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             forward()  # compiles kernels, makes what is made at first use: nothing of this may be in a graph
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as a learner's, may use the GPU in the meantime.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outcome = forward()
 
         def replay() -> Outcome:
