@@ -1,20 +1,23 @@
 """The experts on a GPU: routing, sorting and two grouped matrix products, none of which makes the host wait.
 
-Shapes: as in `experts`. A pair is a token and one of its K experts, number t K + k; a row is a pair's place after sorting
-by expert. Row r belongs to the pair `order[r]`, and rows `offsets[e]:offsets[e + 1]` to expert e; how many there are of
-each, only the device knows, so a grid has a tile for every row that may be and the surplus ends at once.
-
-Products are taken as w x^T, weights on the left, in tiles of BLOCK_N rows of the weight by BLOCK_M rows of x: a tensor
-core wants 64 rows or more on its left, but on its right 16 do, and few rows of x are what decoding has. Its left operand
-may also come out of registers, where quantized weights are made floats.
+Shapes: as in `experts`. A pair is a token and one of its K experts, number t K + k; a row is a pair's place after they
+are sorted by expert. Row r is the pair `order[r]`, and rows `offsets[e]:offsets[e + 1]` belong to expert e; how many
+there are of each, only the device knows, so a grid has a tile for every row that may be and the surplus ends at once.
+Tiles and their products are those of `product_triton`.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from minimax_m1.kernels.product_triton import product, row_product, swizzle
+from minimax_m1.kernels.quantized import GPU_TILE, QuantizedWeight
 
 SORT_ALONE = 1024  # pairs that one program sorts faster than three launches do
 GROUP = 16  # row tiles that run next to each other: 16 by 8 tiles of a wave read as little as possible into the L2
@@ -209,85 +212,119 @@ def row_tiles(pairs: int, num_experts: int, block_m: int) -> int:
     return (pairs + min(num_experts, pairs) * (block_m - 1)) // block_m
 
 
-def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the constants of a grouped product: BLOCK_N counts rows of the weight, BLOCK_M those of x.
+def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype, group_size: int = 0) -> dict[str, int]:
+    """Return the constants of a grouped product, by the dtype of x and, if the weight has 4 bits, its groups' size.
 
     A tile has the rows that an expert gets on average, with room for more, so that nearly every weight is read once;
     few rows leave shared memory to more weights under way, which is what their time is made of.
     """
     rows = pairs / num_experts
+    block_k = min(group_size, 128) or 64
     if dtype == torch.float32:  # three products of TF32 an element, so twice the registers
         block_m = 16 if rows <= 12 else 64
-        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": min(block_k, 32), "num_warps": 4, "num_stages": 3}
     if rows <= 40:
         block_m = 16 if rows <= 4 else 32 if rows <= 12 else 64
-        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+    block_n = 128 if group_size else 256  # with groups there is a second sum, of one group
+    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": min(block_k, 64), "num_warps": 8, "num_stages": 4}
 
 
 def up_product(
-    x: Tensor, w13: Tensor, order: Tensor, offsets: Tensor, top_k: int, keep: bool
+    x: Tensor, w13: Tensor | QuantizedWeight, order: Tensor, offsets: Tensor, top_k: int, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return a = silu(x w1^T) · (x w3^T) [S, I] in sorted rows and, with `keep`, both products side by side [S, 2 I].
 
-    x [T, D] is gathered, w13 [E, 2 I, D] may have another dtype; results have that of x. Rows behind `offsets[E]` are
+    x [T, D] is gathered, w13 is as in `experts.expert_mlp`; results have the dtype of x. Rows behind `offsets[E]` are
     not written.
     """
-    pairs, (num_experts, width2, hidden) = order.shape[0], w13.shape
-    x, w13 = _rows_contiguous(x), w13.contiguous()
-    a = x.new_empty(pairs, width2 // 2)
-    h = x.new_empty(pairs, width2) if keep else None
-    sizes = tile_sizes(pairs, num_experts, x.dtype)
-    tiles = row_tiles(pairs, num_experts, sizes["BLOCK_M"])
-    _up_kernel[(tiles * triton.cdiv(width2 // 2, sizes["BLOCK_N"] // 2),)](
+    weight = _Weight.of(w13)
+    pairs, width = order.shape[0], weight.rows // 2
+    x = _rows_contiguous(x)
+    a = x.new_empty(pairs, width)
+    h = x.new_empty(pairs, 2 * width) if keep else None
+    sizes = tile_sizes(pairs, weight.experts, x.dtype, weight.group_size)
+    tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
+    _up_kernel[(tiles * triton.cdiv(width, sizes["BLOCK_N"] // 2),)](
         x,
-        w13,
+        weight.values,
+        weight.scales,
         order,
         offsets,
         a,
         a if h is None else h,
         x.stride(0),
-        hidden,
-        width2 // 2,
-        num_experts,
+        weight.stride,
+        weight.columns,
+        width,
+        weight.experts,
         top_k,
         tiles,
         KEEP=keep,
-        EVEN_K=hidden % sizes["BLOCK_K"] == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        EVEN_K=weight.columns % sizes["BLOCK_K"] == 0,
+        BLOCK_E=triton.next_power_of_2(weight.experts),
         GROUP=GROUP,
+        BITS=weight.bits,
+        GROUP_SIZE=weight.group_size,
         **sizes,
     )
     return a, h
 
 
-def down_product(a: Tensor, w2: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+def down_product(a: Tensor, w2: Tensor | QuantizedWeight, order: Tensor, offsets: Tensor) -> Tensor:
     """Return a w2^T [S, D] from sorted rows a [S, I], in the order of pairs: row r goes to `order[r]`.
 
-    w2 [E, D, I] may have another dtype. Pairs behind `offsets[E]` are not written.
+    w2 is as in `experts.expert_mlp`. Pairs behind `offsets[E]` are not written.
     """
-    pairs, (num_experts, hidden, width) = order.shape[0], w2.shape
-    a, w2 = _rows_contiguous(a), w2.contiguous()
+    weight = _Weight.of(w2)
+    pairs, hidden = order.shape[0], weight.rows
+    a = _rows_contiguous(a)
     y = a.new_empty(pairs, hidden)
-    sizes = tile_sizes(pairs, num_experts, a.dtype)
-    tiles = row_tiles(pairs, num_experts, sizes["BLOCK_M"])
+    sizes = tile_sizes(pairs, weight.experts, a.dtype, weight.group_size)
+    tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
     _down_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         a,
-        w2,
+        weight.values,
+        weight.scales,
         order,
         offsets,
         y,
         a.stride(0),
-        width,
+        weight.stride,
+        weight.columns,
         hidden,
-        num_experts,
+        weight.experts,
         tiles,
-        EVEN_K=width % sizes["BLOCK_K"] == 0,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        EVEN_K=weight.columns % sizes["BLOCK_K"] == 0,
+        BLOCK_E=triton.next_power_of_2(weight.experts),
         GROUP=GROUP,
+        BITS=weight.bits,
+        GROUP_SIZE=weight.group_size,
         **sizes,
     )
     return y
+
+
+class _Weight(NamedTuple):
+    """A stack of weights, float or quantized, as kernels take it: what a program of `product_triton` has to know."""
+
+    values: Tensor
+    scales: Tensor  # of floats: anything
+    experts: int
+    rows: int  # of an expert
+    columns: int
+    stride: int  # between rows, in elements or bytes
+    bits: int
+    group_size: int  # 0: all of a row
+
+    @classmethod
+    def of(cls, w: Tensor | QuantizedWeight) -> _Weight:
+        if isinstance(w, QuantizedWeight):
+            w = w.in_tiles(GPU_TILE)
+            rows, stride = math.prod(w.shape[1:-1]), w.tiles.shape[-3] * w.tiles.shape[-1]
+            return cls(w.tiles, w.scales, w.shape[0], rows, w.size_in, stride, w.bits, w.group_size or 0)
+        w = w.contiguous()
+        return cls(w, w, *w.shape, w.shape[-1], 16, 0)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -296,17 +333,8 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def swizzle(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Return the tile of a program: GROUP row tiles, which mostly share an expert, walk over the columns together."""
-    first = program // (GROUP * column_tiles) * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
-    within = program % (GROUP * column_tiles)
-    return first + within % size, within // size
-
-
-@triton.jit
 def find_tile(offsets, tile, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the expert of a row tile, the tile's first row, and the end of the expert's rows; 0, 0, 0 for a surplus."""
+    """Return the expert of a row tile, the tile's first row and the end of the expert's; 0, 0, 0 for a surplus tile."""
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + e, mask=e < num_experts, other=0)
     end = tl.load(offsets + e + 1, mask=e < num_experts, other=0)
@@ -319,36 +347,25 @@ def find_tile(offsets, tile, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def product(w, w_rows, x, x_places, size_in, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return w x^T [BLOCK_N, BLOCK_M] in float32, of rows `w_rows` of the matrix w and of x from `x_places` on.
-
-    Both are valid for every element of a tile (those past an end repeat a row), so that only columns are masked.
-    """
-    k = tl.arange(0, BLOCK_K)
-    w_tile = w + w_rows[:, None] * size_in + k[None, :]
-    x_tile = x + x_places[None, :] + k[:, None]
-    out = tl.zeros((w_rows.shape[0], x_places.shape[0]), tl.float32)
-    for first in range(0, size_in, BLOCK_K):
-        if EVEN_K:
-            left, right = tl.load(w_tile), tl.load(x_tile)
-        else:
-            left = tl.load(w_tile, mask=(first + k < size_in)[None, :], other=0.0)
-            right = tl.load(x_tile, mask=(first + k < size_in)[:, None], other=0.0)
-        out = tl.dot(left.to(right.dtype), right, out, input_precision="tf32x3")  # of float32; else it says nothing
-        w_tile += BLOCK_K
-        x_tile += BLOCK_K
-    return out
+def expert_weight(w, scales, expert, rows, stride, size_in, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Return where an expert's weight and scales begin."""
+    expert = expert.to(tl.int64)
+    if BITS < 16:
+        scales += expert * rows * (tl.cdiv(size_in, GROUP_SIZE) if BITS == 4 else 1)
+    return w + expert * rows * stride, scales
 
 
 @triton.jit
 def _up_kernel(
     x,
     w13,
+    scales,
     order,
     offsets,
     a,
     h,
     x_stride,
+    w_stride,
     hidden,
     width,
     num_experts,
@@ -361,6 +378,8 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """BLOCK_M rows of a by BLOCK_N / 2 columns: the upper half of a tile's products are gates, the lower half ups.
 
@@ -374,8 +393,9 @@ def _up_kernel(
         tokens = tl.load(order + tl.minimum(rows, end - 1)) // top_k
         n = tl.arange(0, BLOCK_N)
         w_rows = n // half * width + tl.minimum(column_tile * half + n % half, width - 1)
-        w = w13 + expert.to(tl.int64) * 2 * width * hidden
-        out = product(w, w_rows, x, tokens.to(tl.int64) * x_stride, hidden, EVEN_K, BLOCK_K)
+        w13, scales = expert_weight(w13, scales, expert, 2 * width, w_stride, hidden, BITS, GROUP_SIZE)
+        places = tokens.to(tl.int64) * x_stride
+        out = product(w13, scales, w_rows, w_stride, x, places, hidden, BITS, GROUP_SIZE, EVEN_K, BLOCK_K)
         gate, up = tl.split(tl.permute(tl.reshape(out, (2, half, BLOCK_M)), (2, 1, 0)))
         columns = column_tile * half + tl.arange(0, half)
         inside = (rows < end)[:, None] & (columns < width)[None, :]
@@ -392,10 +412,12 @@ def _up_kernel(
 def _down_kernel(
     a,
     w2,
+    scales,
     order,
     offsets,
     y,
     a_stride,
+    w_stride,
     width,
     hidden,
     num_experts,
@@ -406,6 +428,8 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """BLOCK_M rows of y by BLOCK_N columns."""
     row_tile, column_tile = swizzle(tl.program_id(0), row_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
@@ -414,9 +438,10 @@ def _down_kernel(
         rows = first + tl.arange(0, BLOCK_M)
         sources = tl.minimum(rows, end - 1)
         columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        w = w2 + expert.to(tl.int64) * hidden * width
         w_rows = tl.minimum(columns, hidden - 1)
-        out = product(w, w_rows, a, sources.to(tl.int64) * a_stride, width, EVEN_K, BLOCK_K)
+        w2, scales = expert_weight(w2, scales, expert, hidden, w_stride, width, BITS, GROUP_SIZE)
+        places = sources.to(tl.int64) * a_stride
+        out = product(w2, scales, w_rows, w_stride, a, places, width, BITS, GROUP_SIZE, EVEN_K, BLOCK_K)
         inside = (rows < end)[:, None] & (columns < hidden)[None, :]
         places = tl.load(order + sources).to(tl.int64)[:, None] * hidden + columns[None, :]
         tl.store(y + places, tl.trans(out).to(y.dtype.element_ty), mask=inside)
@@ -456,11 +481,127 @@ def _add_up_kernel(y, weights, out, hidden, WEIGHTED: tl.constexpr, TOP_K: tl.co
     tl.store(out + token * hidden + columns, total.to(out.dtype.element_ty), mask=columns < hidden)
 
 
-def expert_mlp_triton(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+def expert_mlp_triton(
+    x: Tensor, w13: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, expert_ids: Tensor, expert_weights: Tensor
+) -> Tensor:
     """Run the experts without gradients; arguments and results as `experts.expert_mlp`."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    top_k = expert_ids.shape[1]
-    order, offsets = sort_rows(expert_ids, expert_weights, w13.shape[0])
+    num_experts, top_k = w13.shape[0], expert_ids.shape[1]
+    if expert_ids.numel() <= num_experts // 4:
+        return _gathered_mlp(x, _Weight.of(w13), _Weight.of(w2), expert_ids.contiguous(), expert_weights.contiguous())
+    order, offsets = sort_rows(expert_ids, expert_weights, num_experts)
     a, _ = up_product(x, w13, order, offsets, top_k, keep=False)
     return add_up(down_product(a, w2, order, offsets), expert_weights, top_k)
+
+
+def _gathered_mlp(x: Tensor, w13: _Weight, w2: _Weight, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """Run the experts of a few pairs, each pair by itself.
+
+    Nothing is sorted, and no tensor core is filled with rows that do not exist. An expert of two tokens is read twice,
+    but the second time from the L2: programs of the same part of a weight are neighbours in the grid.
+    """
+    tokens, top_k = expert_ids.shape
+    width, hidden = w2.columns, w13.columns
+    x = _rows_contiguous(x)
+    a, y = x.new_empty(tokens * top_k, width), x.new_empty(tokens, hidden)
+    sizes = {"ROWS": 16, "BLOCK_K": 512}  # 16 KiB of bfloat16 under way in each of five programs of a multiprocessor
+    _gathered_up_kernel[(tokens * top_k, triton.cdiv(width, sizes["ROWS"] // 2))](
+        x,
+        w13.values,
+        w13.scales,
+        expert_ids,
+        expert_weights,
+        a,
+        x.stride(0),
+        w13.stride,
+        hidden,
+        width,
+        TOP_K=top_k,
+        BITS=w13.bits,
+        GROUP_SIZE=w13.group_size,
+        **sizes,
+    )
+    _gathered_down_kernel[(tokens, triton.cdiv(hidden, sizes["ROWS"]))](
+        a,
+        w2.values,
+        w2.scales,
+        expert_ids,
+        expert_weights,
+        y,
+        w2.stride,
+        width,
+        hidden,
+        TOP_K=top_k,
+        BITS=w2.bits,
+        GROUP_SIZE=w2.group_size,
+        **sizes,
+    )
+    return y
+
+
+@triton.jit
+def _gathered_up_kernel(
+    x,
+    w13,
+    scales,
+    expert_ids,
+    expert_weights,
+    a,
+    x_stride,
+    w_stride,
+    hidden,
+    width,
+    TOP_K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """ROWS / 2 columns of one pair's a."""
+    pair = tl.program_id(0)
+    half: tl.constexpr = ROWS // 2
+    if tl.load(expert_weights + pair).to(tl.float32) != 0:
+        expert = tl.load(expert_ids + pair)
+        n = tl.arange(0, ROWS)
+        w_rows = n // half * width + tl.minimum(tl.program_id(1) * half + n % half, width - 1)
+        w13, scales = expert_weight(w13, scales, expert, 2 * width, w_stride, hidden, BITS, GROUP_SIZE)
+        x += (pair // TOP_K).to(tl.int64) * x_stride
+        out = row_product(w13, scales, w_rows, w_stride, x, hidden, BITS, GROUP_SIZE, BLOCK_K)
+        gate, up = tl.split(tl.permute(tl.reshape(out, (2, half)), (1, 0)))
+        columns = tl.program_id(1) * half + tl.arange(0, half)
+        result = gate * tl.sigmoid(gate) * up
+        tl.store(a + pair * width + columns, result.to(a.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _gathered_down_kernel(
+    a,
+    w2,
+    scales,
+    expert_ids,
+    expert_weights,
+    y,
+    w_stride,
+    width,
+    hidden,
+    TOP_K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """ROWS columns of one token's result: its experts one after the other, in the order of k."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    w_rows = tl.minimum(columns, hidden - 1)
+    total = tl.zeros((ROWS,), tl.float32)
+    for k in range(TOP_K):
+        pair = token * TOP_K + k
+        weight = tl.load(expert_weights + pair).to(tl.float32)
+        if weight != 0:
+            expert = tl.load(expert_ids + pair)
+            w, s = expert_weight(w2, scales, expert, hidden, w_stride, width, BITS, GROUP_SIZE)
+            row = a + pair * width
+            total += weight * row_product(w, s, w_rows, w_stride, row, width, BITS, GROUP_SIZE, BLOCK_K)
+    tl.store(y + token * hidden + columns, total.to(y.dtype.element_ty), mask=columns < hidden)

@@ -10,7 +10,8 @@ import torch
 def interpreted_bfloat16():
     """Make the interpreter multiply and round bfloat16 as a GPU does.
 
-    It keeps one as the 16-bit integer of its bits: `tl.dot` multiplies those, and a cast cuts a float32's bits off.
+    It keeps one as the 16-bit integer of its bits: `tl.dot` multiplies those, a cast cuts a float32's bits off, and one
+    of an integer takes it for the bits.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
@@ -24,8 +25,10 @@ def interpreted_bfloat16():
         return dot(self, a, b, *rest)
 
     def rounded_cast(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+        if dtype.scalar != tl.bfloat16 or not (x.dtype.scalar == tl.float32 or x.dtype.scalar.is_int()):
             return cast(self, x, dtype)
-        return TensorHandle(torch.from_numpy(x.data.copy()).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+        return TensorHandle(
+            torch.from_numpy(x.data.astype("float32")).bfloat16().view(torch.uint16).numpy(), tl.bfloat16
+        )
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = widened_dot, rounded_cast

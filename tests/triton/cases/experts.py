@@ -1,15 +1,11 @@
-"""The experts at full size: prefill of 8,192 tokens, decoding of 64 and of 1."""
+"""The experts at full size: prefill of 8,192 tokens, decoding of 64 and of 1; weights of 16, 8 and 4 bits."""
 
 import torch
 
 from minimax_m1.kernels import experts_triton
+from minimax_m1.kernels.quantized import GPU_TILE, QuantizedWeight
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 6144, 9216, 32, 2
-
-
-def weights(dtype=torch.bfloat16):
-    w13 = torch.empty(EXPERTS, 2 * WIDTH, HIDDEN, dtype=dtype, device="meta")
-    return w13, torch.empty(EXPERTS, HIDDEN, WIDTH, dtype=dtype, device="meta")
 
 
 def run(tokens, w13, w2, dtype=torch.bfloat16):
@@ -19,9 +15,47 @@ def run(tokens, w13, w2, dtype=torch.bfloat16):
     experts_triton.expert_mlp_triton(x, w13, w2, ids, expert_weights)
 
 
+def floats():
+    w13 = torch.empty(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="meta")
+    return w13, torch.empty(EXPERTS, HIDDEN, WIDTH, dtype=torch.bfloat16, device="meta")
+
+
+def quantized(group_size):
+    shapes = (EXPERTS, 2, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+    return [QuantizedWeight.empty(*shape, group_size=group_size, device="meta").in_tiles(GPU_TILE) for shape in shapes]
+
+
 def case_prefill():
-    run(8192, *weights())
+    run(8192, *floats())
 
 
 def case_decode_64():
-    run(64, *weights())
+    run(64, *floats())
+
+
+def case_decode_1():
+    run(1, *floats())
+
+
+def case_int8_prefill():
+    run(8192, *quantized(None))
+
+
+def case_int8_decode_64():
+    run(64, *quantized(None))
+
+
+def case_int8_decode_1():
+    run(1, *quantized(None))
+
+
+def case_int4_prefill():
+    run(8192, *quantized(128))
+
+
+def case_int4_decode_64():
+    run(64, *quantized(128))
+
+
+def case_int4_decode_1():
+    run(1, *quantized(128))
