@@ -11,15 +11,16 @@ from __future__ import annotations
 import codecs
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from minimax_m1.errors import UserError
 from minimax_m1.sampling import (
+    COLDEST,
     SamplingParams,
     TokenCounts,
     TokenLogprob,
@@ -28,6 +29,7 @@ from minimax_m1.sampling import (
     draw_token,
     exponentials,
     logprob_of,
+    read_answer,
     uniform,
     uniforms,
 )
@@ -345,7 +347,10 @@ class Continuation:
 
 
 def choose_tokens(
-    logits: Tensor, rows: Sequence[Continuation], forbidden: NDArray[np.int64] | None = None
+    logits: Tensor,
+    rows: Sequence[Continuation],
+    forbidden: NDArray[np.int64] | None = None,
+    backend: str | None = None,
 ) -> list[Choice]:
     """Choose each row's next token: bans, bias, penalties, mask, then greedy or a draw; forced tokens as they are.
 
@@ -353,13 +358,21 @@ def choose_tokens(
     The draw belongs to (seed, number of output tokens), so that it is the same when a row is interrupted, resumed, or
     verified speculatively.
 
+    With the backend triton, the choice is made on the GPU, and the host waits once; a draw may differ from that on a
+    CPU where the quantile lies within rounding of a boundary between two tokens.
+
     Args:
         logits: [N, V] float32.
         rows: N continuations; they are not changed.
         forbidden: ids that are never chosen, from `sampling.forbidden_ids`.
+        backend: one of `kernels.BACKENDS`, or None for the fastest.
     Returns:
         N choices, for `rows[i].append(*choices[i])`.
     """
+    from minimax_m1.kernels import choose
+
+    if choose(backend, logits) == "triton":
+        return _choose_on_gpu(logits.detach().float(), rows, forbidden)
     matrix = logits.detach().float().cpu().numpy()
     vocab_size = matrix.shape[1]
     weights, work = np.empty(vocab_size, dtype=np.float32), np.empty(vocab_size, dtype=np.float32)
@@ -386,14 +399,18 @@ def _draw_plainly(raw: NDArray[np.float32], rows: Sequence[Continuation]) -> lis
     if any(row.params.logprobs is not None for row in rows):
         ranks = (1 + np.count_nonzero(raw > chosen[:, None], axis=1)).tolist()
     columns = tokens.tolist(), chosen.tolist(), tops.tolist(), totals.tolist(), ranks
+    return _read_answers(list(zip(*columns, strict=True)), rows)
+
+
+def _read_answers(answers: Sequence[Sequence[float]], rows: Sequence[Continuation]) -> list[Choice]:
+    """Return what each row asks to know of its answer (see `read_answer`)."""
     choices = []
-    for row, token, own, top, total, rank in zip(rows, *columns, strict=True):
+    for row, answer in zip(rows, answers, strict=True):
         if not row.wants_logprob:
-            choices.append(Choice(token))
+            choices.append(Choice(int(answer[0])))
             continue
-        logprob = own - top - math.log(total)  # as `logprob_of`
-        details = None if row.params.logprobs is None else TokenLogprob(token, logprob, rank)
-        choices.append(Choice(token, logprob, details))
+        details = read_answer(answer, row.params.logprobs or 0)
+        choices.append(Choice(details.token, details.logprob, None if row.params.logprobs is None else details))
     return choices
 
 
@@ -425,13 +442,31 @@ def _choose(
     return Choice(token, logprob, describe_token(raw, token, logprob, params.logprobs, forbidden))
 
 
+class _Adjustment(NamedTuple):
+    """What is done to a row's logits before the choice, in this order; forbidden ids are last."""
+
+    bias: Mapping[int, float]
+    counts: TokenCounts | None
+    allowed: NDArray[np.bool_] | None
+    banned: Collection[int]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done."""
+        return bool(self.bias) or self.counts is not None or bool(self.banned) or self.allowed is not None
+
+
+def _adjustment(row: Continuation) -> _Adjustment:
+    return _Adjustment(row.params.logit_bias, row.counts, row.allowed_ids(), row.banned_ids())
+
+
 def _scores(
     raw: NDArray[np.float32], row: Continuation, forbidden: NDArray[np.int64] | None, work: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Return what the row's token is chosen by: `raw` itself if nothing changes it, else written to `work`."""
-    bias, counts, banned, allowed = row.params.logit_bias, row.counts, row.banned_ids(), row.allowed_ids()
+    bias, counts, allowed, banned = adjustment = _adjustment(row)
     no_forbidden = forbidden is None or not len(forbidden)
-    if no_forbidden and not bias and counts is None and not banned and allowed is None:
+    if no_forbidden and not adjustment.changes:
         return raw
     np.copyto(work, raw)
     for token, value in bias.items():
@@ -449,6 +484,84 @@ def _scores(
         if allowed is not None and work.max() == -np.inf:  # the grammar has only ids that were never trained
             work[forbidden] = kept
     return work
+
+
+# -- the choice on a GPU ------------------------------------------------------------------------------------------
+
+
+def _choose_on_gpu(logits: Tensor, rows: Sequence[Continuation], forbidden: NDArray[np.int64] | None) -> list[Choice]:
+    """Do what `_choose` does for all rows, without a wait until the tokens are copied to the host."""
+    from minimax_m1.kernels import sampling_triton
+
+    asked = np.zeros(len(rows), dtype=sampling_triton.ASKED)
+    asked["quantile"] = uniforms([row.seed for row in rows], [len(row.output_ids) for row in rows])
+    asked["adjusted"] = asked["forced"] = -1
+    adjusted: list[tuple[int, _Adjustment]] = []
+    for i, row in enumerate(rows):
+        p = row.params
+        temperature = max(p.temperature, COLDEST) if p.temperature else 0
+        asked["temperature"][i], asked["top_k"][i], asked["top_p"][i] = temperature, p.top_k, p.top_p
+        asked["min_p"][i], asked["num_best"][i] = p.min_p, -1 if p.logprobs is None else p.logprobs
+        if row.forced_ids:
+            asked["forced"][i] = row.forced_ids[0]
+        elif (adjustment := _adjustment(row)).changes:
+            adjusted.append((i, adjustment))
+    scores = None
+    if adjusted:
+        adjusted.sort(key=lambda pair: pair[1].allowed is None)  # those with a grammar first
+        order = [i for i, _ in adjusted]
+        asked["adjusted"][order] = range(len(order))
+        scores = _adjust_on_gpu(logits, [rows[i].params for i in order], adjusted, forbidden)
+    answers = sampling_triton.choose_rows(logits, scores, asked, forbidden).cpu()
+    return _read_answers(answers.tolist(), rows)
+
+
+def _adjust_on_gpu(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    adjusted: Sequence[tuple[int, _Adjustment]],
+    forbidden: NDArray[np.int64] | None,
+) -> Tensor:
+    """Return what `_scores` does, [M, V], for M rows of the logits; those with a grammar come first."""
+    import torch
+
+    from minimax_m1.kernels.sampling_triton import forbidden_mask, to_device
+
+    device, vocab_size = logits.device, logits.shape[1]
+    scores = logits.index_select(0, to_device(np.array([i for i, _ in adjusted]), device))
+    flat, adjustments = scores.view(-1), [adjustment for _, adjustment in adjusted]
+
+    def placed(pieces: Iterable[tuple[Sequence[int] | NDArray[np.int64], ArrayLike]]) -> tuple[Tensor, Tensor]:
+        """Copy ids and values of each row to the GPU: the ids as places in `flat`, one value an id."""
+        ids, values = [], []
+        for m, (own, value) in enumerate(pieces):
+            ids.append(np.asarray(own, dtype=np.int64) + m * vocab_size)
+            values.append(np.broadcast_to(np.asarray(value, dtype=np.float32), len(ids[-1])))
+        return to_device(np.concatenate(ids), device), to_device(np.concatenate(values), device)
+
+    both = list(zip(adjustments, params, strict=True))
+    if any(a.bias for a in adjustments):
+        flat.index_add_(0, *placed((list(a.bias), list(a.bias.values())) for a in adjustments))
+    if any(p.repetition_penalty != 1 for p in params):
+        seen = [() if a.counts is None or p.repetition_penalty == 1 else a.counts.seen for a, p in both]
+        places, penalty = placed(zip(seen, [p.repetition_penalty for p in params], strict=True))
+        kept = flat[places]
+        flat[places] = torch.where(kept > 0, kept / penalty, kept * penalty)
+    if any(a.counts is not None for a in adjustments):
+        places, subtracted = placed(((), 0.0) if a.counts is None else a.counts.subtractions(p) for a, p in both)
+        flat.index_add_(0, places, subtracted, alpha=-1)
+    if any(a.banned for a in adjustments):
+        flat.index_fill_(0, placed((list(a.banned), 0.0) for a in adjustments)[0], -torch.inf)
+    masks = [a.allowed for a in adjustments if a.allowed is not None]
+    if masks:
+        scores[: len(masks)].masked_fill_(~to_device(np.stack(masks), device), -torch.inf)
+    if forbidden is None or not len(forbidden):
+        return scores
+    left = scores.masked_fill(forbidden_mask(forbidden.tobytes(), vocab_size, device), -torch.inf)
+    if masks:  # a grammar may have only ids that were never trained
+        own, rest = scores[: len(masks)], left[: len(masks)]
+        rest.copy_(torch.where(rest.amax(1, keepdim=True) == -torch.inf, own, rest))
+    return left
 
 
 def _check(

@@ -200,7 +200,8 @@ def _steps(
     rows = list(range(len(prompts)))
     hidden = _prefill(model, prompts, cache, prefill_chunk, backend)
     while True:
-        choices = choose_tokens(model.compute_logits(hidden, backend), [outputs[row] for row in rows], forbidden)
+        logits = model.compute_logits(hidden, backend)
+        choices = choose_tokens(logits, [outputs[row] for row in rows], forbidden, backend)
         for row, choice in zip(rows, choices, strict=True):
             outputs[row].append(*choice)
         yield [(row, choice.token) for row, choice in zip(rows, choices, strict=True)]

@@ -29,7 +29,7 @@ MOST_LOGPROBS = 20
 THINKING_40K, THINKING_80K = 40_000, 80_000  # M1's two thinking budgets, for `max_thinking_tokens`
 _BLOCK = 256  # weights are summed block by block, so that a draw reads one block and not the whole vocabulary
 _MASK = 0xFFFFFFFFFFFFFFFF
-_COLDEST = 1e-30  # temperatures below are as cold as this one; float32 could not divide by them
+COLDEST = 1e-30  # temperatures below are as cold as this one; float32 could not divide by them
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,15 @@ class TokenCounts:
         twin._place, twin._known = self._place.copy(), self._known.copy()
         return twin
 
+    @property
+    def seen(self) -> NDArray[np.int64]:
+        """The ids of the prompt and the output, each once; valid until the next `add`."""
+        return self._seen.values
+
+    def subtractions(self, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Return the output's ids, each once, and what frequency and presence penalties subtract from their logits."""
+        return self._ids.values, self._counts.values * params.frequency_penalty + params.presence_penalty
+
     def penalise(self, row: NDArray[np.float32], params: SamplingParams) -> None:
         """Apply repetition, then frequency and presence penalties to `row`, in place.
 
@@ -295,11 +304,12 @@ class TokenCounts:
         as vLLM).
         """
         if params.repetition_penalty != 1:
-            seen = self._seen.values
+            seen = self.seen
             scores, penalty = row[seen], np.float32(params.repetition_penalty)
             row[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
         if params.frequency_penalty != 0 or params.presence_penalty != 0:
-            row[self._ids.values] -= self._counts.values * params.frequency_penalty + params.presence_penalty
+            ids, subtracted = self.subtractions(params)
+            row[ids] -= subtracted
 
 
 class _Column:
@@ -330,7 +340,7 @@ def exponentials(row: NDArray[np.float32], temperature: float, weights: NDArray[
     np.subtract(row, row.max(), out=weights)
     if temperature != 1:
         with np.errstate(over="ignore"):
-            np.divide(weights, np.float32(max(temperature, _COLDEST)), out=weights)
+            np.divide(weights, np.float32(max(temperature, COLDEST)), out=weights)
     np.exp(weights, out=weights)
     return cumulated_blocks(weights)
 
@@ -508,14 +518,44 @@ def describe_token(
     least = np.partition(row, len(row) - top)[len(row) - top]
     ids = np.flatnonzero(row >= least)
     ids = ids[np.argsort(-row[ids], kind="stable")][:top]
-    shift = logprob - float(row[token])
+    own = TokenLogprob(token, logprob, rank)
+    return _add_best(own, float(row[token]), ids.tolist(), row[ids].tolist())
+
+
+def read_answer(answer: Sequence[float], num_best: int) -> TokenLogprob:
+    """Return what a row's answer says: the columns of `sampling_triton.choose_rows`.
+
+    Args:
+        answer: the token, its logit, the row's largest logit, the sum of exp(logit - largest), the rank; K ids of the
+            most probable, and their K logits.
+        num_best: how many of these the row has asked for.
+    """
+    token, own, largest, total, rank, *best = answer
+    logprob = own - largest - math.log(total)  # as `logprob_of`
+    details = TokenLogprob(int(token), logprob, int(rank))
+    room = len(best) // 2
+    num_best = min(num_best, room)
+    return _add_best(details, own, best[:num_best], best[room : room + num_best])
+
+
+def _add_best(details: TokenLogprob, own: float, ids: Sequence[float], logits: Sequence[float]) -> TokenLogprob:
+    """List the most probable ids by their logits; `own` is the token's."""
+    shift = details.logprob - own
     # the token's own value as it stands, for (a + b) - b is not always a
-    best = tuple((int(i), logprob if i == token else float(row[i]) + shift) for i in ids if row[i] > -np.inf)
-    return TokenLogprob(token, logprob, rank, best)
+    best = tuple(
+        (int(i), details.logprob if i == details.token else logit + shift)
+        for i, logit in zip(ids, logits, strict=True)
+        if logit > -math.inf
+    )
+    return dataclasses.replace(details, top=best)
 
 
 def prompt_logprobs(
-    logits: Tensor, next_ids: Sequence[int], top: int, forbidden: NDArray[np.int64] | None = None
+    logits: Tensor,
+    next_ids: Sequence[int],
+    top: int,
+    forbidden: NDArray[np.int64] | None = None,
+    backend: str | None = None,
 ) -> list[TokenLogprob]:
     """Return each next token's log-probability, for a chunk of a prompt.
 
@@ -524,7 +564,17 @@ def prompt_logprobs(
         next_ids: T ids, what follows each position. (A prompt's first token has no log-probability.)
         top: how many of the most probable ids to list.
         forbidden: see `describe_token`.
+        backend: one of `kernels.BACKENDS`, or None for the fastest.
     """
+    from minimax_m1.kernels import choose
+
+    if choose(backend, logits) == "triton":
+        from minimax_m1.kernels.sampling_triton import ASKED, choose_rows
+
+        asked = np.zeros(len(next_ids), dtype=ASKED)
+        asked["top_p"], asked["forced"], asked["adjusted"], asked["num_best"] = 1, next_ids, -1, top
+        answer = choose_rows(logits.detach().float(), None, asked, forbidden).cpu()
+        return [read_answer(values, top) for values in answer.tolist()]
     rows = logits.detach().float().cpu().numpy()
     weights = np.empty(rows.shape[1], dtype=np.float32)
     found = []

@@ -103,7 +103,8 @@ class Runner:
         while drawing:
             at = [row + place for _, row in drawing]
             continuations = [sequence.continuation for sequence, _ in drawing]
-            choices = choose_tokens(logits if at == everyone else _take(logits, at), continuations, self.forbidden)
+            these = logits if at == everyone else _take(logits, at)
+            choices = choose_tokens(these, continuations, self.forbidden, self.backend)
             going_on = []
             for (sequence, row), choice in zip(drawing, choices, strict=True):
                 sequence.continuation.append(*choice)
@@ -173,7 +174,7 @@ class Runner:
             following = sequence.prompt_ids[start : min(start + LOGPROB_ROWS, ahead)]
             row = start - 1 - sequence.computed  # what token `start` is predicted from
             logits = self.model.compute_logits(hidden[row : row + len(following)], self.backend, num_decodes=0)
-            found += prompt_logprobs(logits, following, top, self.forbidden)
+            found += prompt_logprobs(logits, following, top, self.forbidden, self.backend)
 
 
 def _slot(sequence: Sequence) -> int:
