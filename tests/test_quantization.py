@@ -242,7 +242,7 @@ def test_moving_copying_and_state_dict(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_gpu_holds_rows_and_a_cpu_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def layouts(model: MiniMaxM1ForCausalLM) -> set[tuple[int, ...]]:
-        return {tuple(weight.tiles.shape[-2:]) for weight in quantized_matrices(model).values()}
+        return {tuple(weight.tiles.shape[-3:]) for weight in quantized_matrices(model).values()}
 
     model = quantized(name)
     logits = model(IDS, backend="torch").logits

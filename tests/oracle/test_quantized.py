@@ -81,7 +81,7 @@ def rounding_bound(x, weight):
 @pytest.mark.parametrize("tile", [CPU_TILE, GPU_TILE])
 def test_pack_and_unpack(shape, group_size, tile):
     weight = random_weight(2, 3, *shape, group_size=group_size).in_tiles(tile)
-    assert weight.tiles.shape[-2:] == tile and weight.in_tiles(tile) is weight
+    assert weight.tiles.shape[-3:] == tile and weight.in_tiles(tile) is weight
     values, scales = weight.unpack()
     assert weight.shape == (2, 3, *shape) == tuple(values.shape)
     again = QuantizedWeight.pack(values, scales, group_size, tile)
@@ -94,15 +94,14 @@ def test_pack_and_unpack(shape, group_size, tile):
 
 def test_rows_of_a_gpu_are_contiguous():
     values = torch.arange(-40, 60, dtype=torch.int8).view(2, 50)
-    rows = QuantizedWeight.pack(values, torch.ones(2, 1), None, GPU_TILE).tiles.view(2, -1)
-    assert rows.shape == (2, 64)
-    assert torch.equal(rows[:, :50].int() - 128, values.int()) and bool((rows[:, 50:] == 128).all())
+    rows = QuantizedWeight.pack(values, torch.ones(2, 1), None, GPU_TILE).tiles.view(torch.int16).view(2, 32)
+    parts = torch.stack((rows[:, :16] & 255, rows[:, :16] >> 8 & 255, rows[:, 16:] & 255, rows[:, 16:] >> 8 & 255), 1)
+    assert torch.equal(parts.flatten(1)[:, :50] - 128, values.to(torch.int16))
+    assert bool((parts.flatten(1)[:, 50:] == 128).all())
     values = torch.arange(90).view(2, 45).remainder(16).to(torch.int8) - 8
-    rows = QuantizedWeight.pack(values, torch.ones(2, 2), 32, GPU_TILE).tiles.view(2, -1)
-    assert rows.shape == (2, 32)
-    assert torch.equal((rows[:, :16] & 15).int() - 8, values[:, :16].int())
-    assert torch.equal((rows[:, :16] >> 4).int() - 8, values[:, 16:32].int())
-    assert torch.equal((rows[:, 16:29] & 15).int() - 8, values[:, 32:].int())
+    rows = QuantizedWeight.pack(values, torch.ones(2, 2), 32, GPU_TILE).tiles.view(torch.int16).view(2, 16)
+    parts = torch.stack([rows >> 4 * i & 15 for i in range(4)], 1)
+    assert torch.equal(parts.flatten(1)[:, :45] - 8, values.to(torch.int16))
 
 
 @pytest.mark.slow
