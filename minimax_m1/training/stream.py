@@ -145,7 +145,7 @@ class SampleStream:
             "sources": sources,
             "buffer": [drawn.identity() for drawn in self._buffer],
             "notes": dict(self.notes),
-            "examples": self.examples,
+            "examples": dict(self.examples),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minimax_m1.training.checkpoint import Checkpoints, SaveError, list_steps
 from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.evaluation import Evaluation
 from minimax_m1.training.export import export, write_recipe
+from minimax_m1.training.feed import Feed
 from minimax_m1.training.loss import packed_losses
 from minimax_m1.training.metrics import RunLog
 from minimax_m1.training.optimizer import (
@@ -89,7 +91,8 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
         optimizers = build_optimizers(model, settings)
         slots = range(world.data_rank, settings.batches_per_step, world.num_data_ranks)
         streams = {slot: SampleStream(settings, tokenizer, slot, settings.window[0]) for slot in slots}
-        run = RunState(model, optimizers, streams, Progress())
+        feed = Feed(streams, settings, is_ahead=world.device.type == "cuda")
+        run = RunState(model, optimizers, feed, Progress())
         if newest is not None:
             changes = changed_settings(settings)
             state = run.state()
@@ -102,7 +105,8 @@ def _run(settings: TrainSettings, world: World) -> MiniMaxM1ForCausalLM:
         sum_over_ranks([0.0], world)  # every rank has looked into output: now it may be written
         if world.is_main:
             write_recipe(output, settings, tokenizer)
-        _loop(run, settings, world, checkpoints, Evaluation(settings, tokenizer, world), changes)
+        with closing(feed):
+            _loop(run, settings, world, checkpoints, Evaluation(settings, tokenizer, world), changes)
     export(model, tokenizer, settings, output / "model", world)
     if world.is_main:
         _write_report(output)
@@ -133,7 +137,7 @@ def _loop(
                 progress.stage = settings.stage(progress.step)
                 run.enter_stage(settings)
                 log.write({"step": progress.step + 1, "event": f"window {settings.window[progress.stage]:,}"})
-            batches = [stream.next_batch(world.device, settings.backend) for stream in run.streams.values()]
+            batches = run.feed.next_batches(progress.step, world.device)
             result = train_step(model, run.optimizers, batches, world, settings, progress.step)
             progress.step += 1
             progress.tokens += round(result["step_tokens"])
@@ -238,7 +242,7 @@ class RunState:
 
     model: MiniMaxM1ForCausalLM
     optimizers: list[torch.optim.Optimizer]
-    streams: dict[int, SampleStream]
+    feed: Feed
     progress: Progress
 
     def state(self) -> dict[str, Any]:
@@ -248,23 +252,19 @@ class RunState:
             "model": parameters,
             "optimizer": optimizer_state(self.model, self.optimizers),
             "progress": {**vars(self.progress), "config": self.model.config.to_dict()},
-            "slots": {str(slot): stream.state_dict() for slot, stream in self.streams.items()},
+            "slots": self.feed.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `Checkpoints.load` has filled in beside the tensors."""
         saved = {name: value for name, value in state["progress"].items() if name != "config"}
         self.progress.__dict__.update({**saved, "recent_norms": tuple(saved["recent_norms"])})
-        for slot, stream in self.streams.items():
-            stream.load_state_dict(state["slots"][str(slot)])
+        self.feed.load(state["slots"])
 
     def enter_stage(self, settings: TrainSettings) -> None:
-        """Set window and rope_theta to those of the stage."""
-        progress = self.progress
-        for stream in self.streams.values():
-            stream.window = settings.window[progress.stage]
+        """Set rope_theta to that of the stage; the window is the feed's business."""
         if settings.stage_rope_theta:
-            theta = settings.stage_rope_theta[progress.stage]
+            theta = settings.stage_rope_theta[self.progress.stage]
             self.model.config = self.model.model.config = self.model.config.replace(rope_theta=theta)
 
 
@@ -305,13 +305,11 @@ def watch_gradients(progress: Progress, result: dict[str, Any], settings: TrainS
 def left_out(run: RunState, world: World, log: RunLog) -> dict[str, int]:
     """Return how many records of all ranks were skipped and cut so far, if any; the first of each kind is an event."""
     kinds: Counter[str] = Counter()
-    for stream in run.streams.values():
-        for note, times in stream.notes.items():
-            kinds[note.split(":")[0]] += times
-            place = stream.examples.get(note)
-            if place and note not in run.progress.told:
-                run.progress.told.append(note)
-                log.write({"step": run.progress.step, "event": f"record {note}, as {place}"})
+    for note, times, place in run.feed.notes():
+        kinds[note.split(":")[0]] += times
+        if place and note not in run.progress.told:
+            run.progress.told.append(note)
+            log.write({"step": run.progress.step, "event": f"record {note}, as {place}"})
     counts = sum_over_ranks([kinds["skipped"], kinds["cut"]], world)
     per_rank = world.num_context_ranks  # that share their streams
     names = ("records_skipped", "records_cut")
