@@ -34,7 +34,7 @@ from minimax_m1.kernels.lightning import (
     lightning_prefill,
     lightning_slopes,
 )
-from minimax_m1.kernels.linear import float32_linear, linear, rms_norm, silu
+from minimax_m1.kernels.linear import add_rms_norm, add_scaled, float32_linear, linear, rms_norm, silu
 from minimax_m1.kernels.rotary import rotate, rotate_append
 
 
@@ -257,15 +257,17 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, batch: ForwardBatch, rotary: Rotary, cache: HybridCache | None
     ) -> tuple[Tensor, Routing]:  # x [T, hidden]
         u = self.input_layernorm(x, batch.backend)
-        h = add_scaled(
-            u if self.postnorm else x, self.attn_alpha, self.self_attn(u, batch, rotary, cache), self.attn_beta
-        )
-        v = self.post_attention_layernorm(h, batch.backend)
+        a = self.self_attn(u, batch, rotary, cache)
+        if self.postnorm:
+            h = v = self.post_attention_layernorm.of_sum(u, self.attn_alpha, a, self.attn_beta, batch.backend)
+        else:
+            h = add_scaled(x, self.attn_alpha, a, self.attn_beta)
+            v = self.post_attention_layernorm(h, batch.backend)
         y, routing = self.block_sparse_moe(v, batch)
         if self.shared_mlp is not None and self.coefficient is not None:
             c = torch.sigmoid(self.coefficient(v, batch)).to(y.dtype)
             y = (1 - c) * y + c * self.shared_mlp(v, batch)
-        return add_scaled(v if self.postnorm else h, self.mlp_alpha, y, self.mlp_beta), routing
+        return add_scaled(h, self.mlp_alpha, y, self.mlp_beta), routing
 
 
 class LightningAttention(nn.Module):
@@ -519,6 +521,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, backend: str | None = None, gate: Tensor | None = None) -> Tensor:
         return rms_norm(x, self.weight, self.eps, backend, gate)
 
+    def of_sum(self, residual: Tensor, alpha: float, branch: Tensor, beta: float, backend: str | None) -> Tensor:
+        """Return the norm of alpha · residual + beta · branch."""
+        return add_rms_norm(residual, alpha, branch, beta, self.weight, self.eps, backend)
+
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype that a network with weights like this computes in (why: docs/decisions.md)."""
@@ -535,13 +541,6 @@ def _divided_like(weight: Any, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # takes a second, and only sharded training needs it
 
     return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-
-
-def add_scaled(residual: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
-    """Return alpha · residual + beta · branch."""
-    if beta != 1.0:
-        branch = branch * beta
-    return torch.add(branch, residual, alpha=alpha)
 
 
 def drop_experts(weights: Tensor, threshold: Tensor) -> Tensor:

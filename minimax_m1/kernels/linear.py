@@ -50,6 +50,10 @@ def linear(
         refuse_gradient(x)
         if choose(backend, x) == "compiled" and compiled.fits_quantized(x):
             return compiled.quantized_linear(x, weight)
+        if choose(backend, x) == "triton":
+            from minimax_m1.kernels.quantized_triton import quantized_linear_triton
+
+            return quantized_linear_triton(x, weight)
         return matmul(x, weight, backend, MIN_ROWS if num_decodes is not None else 1)
     return _linear(x, weight, backend, num_decodes, widen=False)
 
@@ -114,9 +118,10 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
 
 def silu(x: Tensor, backend: str | None = None) -> Tensor:
     """Return x · sigmoid(x); differentiable. In inference x, which must be nobody else's, may be changed."""
-    if choose(backend, x) == "compiled" and compiled.fits(x) and x.is_contiguous():
+    chosen = choose(backend, x)
+    if chosen == "compiled" and compiled.fits(x) and x.is_contiguous():
         return compiled.silu(x)
-    return F.silu(x)
+    return F.silu(x, inplace=chosen == "triton" and not torch.is_grad_enabled())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None, gate: Tensor | None = None) -> Tensor:
@@ -124,9 +129,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None, 
 
     With a gate [M, K], times sigmoid(gate) as well; differentiable in all three.
     """
+    chosen = choose(backend, x)
+    if chosen == "triton":
+        from minimax_m1.kernels.rowwise_triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, gate)
     # one pass over memory instead of five, so for any number of rows
-    if choose(backend, x) == "compiled" and compiled.fits(x, weight):
+    if chosen == "compiled" and compiled.fits(x, weight):
         return compiled.rms_norm(x, weight, eps, gate)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(dtype), weight.shape, eps=eps).to(x.dtype) * weight.to(x.dtype)
     return y if gate is None else torch.sigmoid(gate) * y
+
+
+def add_scaled(residual: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
+    """Return alpha · residual + beta · branch; differentiable in both."""
+    if beta != 1.0:
+        branch = branch * beta
+    return torch.add(branch, residual, alpha=alpha)
+
+
+def add_rms_norm(
+    residual: Tensor,
+    alpha: float,
+    branch: Tensor,
+    beta: float,
+    weight: Tensor,
+    eps: float,
+    backend: str | None = None,
+) -> Tensor:
+    """Return `rms_norm` of alpha · residual + beta · branch [M, K]; differentiable in both and in the weight."""
+    if choose(backend, residual) == "triton":
+        from minimax_m1.kernels.rowwise_triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(residual, alpha, branch, beta, weight, eps)
+    return rms_norm(add_scaled(residual, alpha, branch, beta), weight, eps, backend)
