@@ -493,19 +493,17 @@ def _choose_on_gpu(logits: Tensor, rows: Sequence[Continuation], forbidden: NDAr
     """Do what `_choose` does for all rows, without a wait until the tokens are copied to the host."""
     from minimax_m1.kernels import sampling_triton
 
-    asked = np.zeros(len(rows), dtype=sampling_triton.ASKED)
-    asked["quantile"] = uniforms([row.seed for row in rows], [len(row.output_ids) for row in rows])
-    asked["adjusted"] = asked["forced"] = -1
+    quantiles = uniforms([row.seed for row in rows], [len(row.output_ids) for row in rows]).tolist()
+    wanted: list[tuple[float, ...]] = []
     adjusted: list[tuple[int, _Adjustment]] = []
     for i, row in enumerate(rows):
-        p = row.params
-        temperature = max(p.temperature, COLDEST) if p.temperature else 0
-        asked["temperature"][i], asked["top_k"][i], asked["top_p"][i] = temperature, p.top_k, p.top_p
-        asked["min_p"][i], asked["num_best"][i] = p.min_p, -1 if p.logprobs is None else p.logprobs
-        if row.forced_ids:
-            asked["forced"][i] = row.forced_ids[0]
-        elif (adjustment := _adjustment(row)).changes:
+        p, forced = row.params, row.forced_ids
+        if not forced and (adjustment := _adjustment(row)).changes:
             adjusted.append((i, adjustment))
+        temperature = max(p.temperature, COLDEST) if p.temperature else 0
+        num_best = -1 if p.logprobs is None else p.logprobs
+        wanted.append((temperature, p.top_k, p.top_p, p.min_p, quantiles[i], forced[0] if forced else -1, -1, num_best))
+    asked = np.array(wanted, dtype=sampling_triton.ASKED)
     scores = None
     if adjusted:
         adjusted.sort(key=lambda pair: pair[1].allowed is None)  # those with a grammar first

@@ -64,7 +64,7 @@ def choose_rows(
     listed = logits.new_empty(num_rows if is_cut.any() else 0, vocab_size, dtype=torch.int32)
     answer = logits.new_empty(num_rows, NUM_ANSWERED + 2 * num_best, dtype=torch.float64)
     scores = logits if scores is None else scores
-    inputs = (logits, scores, hidden, numbers, logits.stride(0), scores.stride(0), vocab_size, num_rows)
+    inputs = (logits, scores, hidden, numbers, logits.stride(0), scores.stride(0), vocab_size)
     _sum_blocks[(num_rows, num_blocks)](*inputs, maxima, sums, firsts, BLOCK=BLOCK, num_warps=8)
     padded = triton.next_power_of_2(num_blocks)
     _choose[(num_rows,)](
@@ -127,12 +127,13 @@ def _first_above(cumulated, is_in, places, target):
 
 @triton.jit
 def _sum_blocks(
-    logits, scores, hidden, asked, logits_stride, scores_stride, vocab_size, num_rows, maxima, sums, firsts,
+    logits, scores, hidden, asked, logits_stride, scores_stride, vocab_size, maxima, sums, firsts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block of one row: maxima and sums of exponentials of logits and scores, and the first best id."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at, behind = row * tl.num_programs(1) + block, num_rows.to(tl.int64) * tl.num_programs(1)
+    at = row * tl.num_programs(1) + block
+    behind = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)  # the scores' part of maxima and sums
     ids = block * BLOCK + tl.arange(0, BLOCK)
     temperature = tl.load(asked + row * NUM_ASKED).to(tl.float32)
     adjusted = tl.load(asked + row * NUM_ASKED + 6).to(tl.int64)
@@ -186,7 +187,7 @@ def _search(listed, n, scores, largest, temperature, least, target, COUNT: tl.co
 
 @triton.jit
 def _choose(
-    logits, scores, hidden, asked, logits_stride, scores_stride, vocab_size, num_rows, maxima, sums, firsts,
+    logits, scores, hidden, asked, logits_stride, scores_stride, vocab_size, maxima, sums, firsts,
     listed, answer, answer_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Choose the token of one row, and describe it."""
@@ -205,7 +206,7 @@ def _choose(
     num_blocks = tl.cdiv(vocab_size, BLOCK)
     blocks = tl.arange(0, BLOCKS)
     is_block = blocks < num_blocks
-    at, behind = row * num_blocks, num_rows.to(tl.int64) * num_blocks
+    at, behind = row * num_blocks, tl.num_programs(0).to(tl.int64) * num_blocks
     block_largest = tl.load(maxima + at + blocks, mask=is_block, other=-float("inf"))
     block_sums = tl.load(sums + at + blocks, mask=is_block, other=0.0)
     raw_largest = tl.max(block_largest, axis=0)
@@ -290,7 +291,7 @@ def _choose(
                 weight = _weigh(score, largest, temperature).to(tl.float64)
                 last = tl.max(tl.where(weight > 0, ids, 0), axis=0)
                 token = tl.minimum(_first_above(tl.cumsum(weight, axis=0), weight > 0, ids, target), last)
-    token = tl.minimum(token, vocab_size - 1)  # where logits are not numbers
+    token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)  # where no score is a number
 
     logit = tl.load(raw + token)
     rank = tl.zeros_like(forced) + 1
