@@ -119,3 +119,18 @@ def test_states_of_another_model_are_refused(model, tmp_path: Path):
     (tmp_path / "other").write_text("no state")
     with pytest.raises(UserError, match="cannot read"):
         SequenceState.load(tmp_path / "other")
+
+
+@torch.inference_mode()
+def test_a_batch_laid_out_on_the_device_is_the_one_that_the_host_lays_out(model):
+    cache = HybridCache(CONFIG, 3, 256)
+    for slot, length in ((0, 130), (2, PAGE_SIZE)):
+        run(model, cache, slot, random_ids(length))
+    expected = cache.batch([2, 0], [1, 1])
+    slot_ids, positions = torch.tensor([2, 0, cache.spare_slot]), torch.tensor([PAGE_SIZE, 130, 0])
+    batch = cache.decode_batch(slot_ids, positions, torch.arange(4, dtype=torch.int32))
+    assert batch.only_decodes and batch.bounds == batch.cu_seqlens.tolist()
+    assert torch.equal(batch.positions[:2], expected.positions)
+    assert torch.equal(batch.cached.kv_lens[:2], expected.cached.kv_lens)
+    assert torch.equal(batch.cached.token_rows[:2], expected.cached.token_rows)
+    assert batch.cached.token_rows[2] == cache.pool.num_pages * PAGE_SIZE  # padding writes into no sequence's page
