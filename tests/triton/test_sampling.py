@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from minimax_m1.continuation import Continuation, _adjust_on_gpu, _adjustment, choose_tokens
+from minimax_m1.continuation import Continuation, choose_tokens
 from minimax_m1.kernels import sampling_triton
 from minimax_m1.kernels.sampling_triton import ASKED, BLOCK, choose_rows
 from minimax_m1.sampling import SamplingParams, prompt_logprobs
@@ -140,18 +140,6 @@ def test_adjusted_rows():
     found = check_equal(logits, rows, np.array([6, 20]))
     assert found[6].token == 9 and all(choice.token != 6 for choice in found)
     assert found[4].token not in (3, 4) and found[5].token != 3
-
-
-def test_adjusting_does_not_wait():
-    """A tensor of the meta device has no values: what asked the GPU for one would raise."""
-    rows = [row_of(SamplingParams(**p), 0, 50, output=(4, 4)) for p in ADJUSTMENTS]
-    rows.append(Masked(SamplingParams(), 0, (), (3,), None, 50))
-    rows[-1].mask = np.arange(50) > 4
-    adjusted = [(i, _adjustment(row)) for i, row in reversed(list(enumerate(rows)))]
-    scores = _adjust_on_gpu(
-        torch.empty(len(rows), 50, device="meta"), [row.params for row in rows[::-1]], adjusted, np.array([7])
-    )
-    assert scores.is_meta and scores.shape == (len(rows), 50)
 
 
 def test_masked_rows():
