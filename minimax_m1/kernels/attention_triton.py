@@ -26,8 +26,9 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-RESIDENT_PROGRAMS = 264  # of `_paged` in decoding: two on each multiprocessor of an H100 or H200
-MAX_SPLITS = 128
+FULL = 264  # programs of `_paged` that keep a GPU's memory busy: two on each multiprocessor of an H100 or H200
+
+VARYING = "cu_seqlens kv_lens slots num_rows num_seqs splits".split()  # differ from call to call: no new compilation
 
 
 # -- packed sequences -------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def library(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, max_seqlen: int) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     return flash_attn_varlen_func(
         *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
@@ -115,7 +116,7 @@ class _Packed(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         do = _rows(do)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -131,12 +132,12 @@ class _Packed(torch.autograd.Function):
                 num_warps=4 if wide else 8,
                 num_stages=1 if wide else 2,
             )
-            bm, bn = (32, 32) if wide else (64, 128)
+            bm, bn = (32, 32) if wide else (32, 128)  # 64 rows would spill
             _packed_dkv[_grid(k, cu_seqlens, bn)](
                 *(dk, dv, *inputs, *strides),
                 **_options(q, ctx.window, bm, bn),
                 num_warps=4 if wide else 8,
-                num_stages=1 if wide else 2,
+                num_stages=1 if wide else 3,
             )
         return dq, dk, dv, None, None
 
@@ -147,8 +148,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid(x: Tensor, cu_seqlens: Tensor, block: int) -> tuple[int, int]:
-    """Heads, and as many blocks as packed sequences can need at most; see `_find`."""
-    return x.shape[1], x.shape[0] // block + cu_seqlens.shape[0] - 1
+    """As many blocks as packed sequences can need at most (see `_find`), and heads."""
+    return x.shape[0] // block + cu_seqlens.shape[0] - 1, x.shape[1]
 
 
 def _sizes(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[int, int, int]:
@@ -202,7 +203,7 @@ def _absorb(q, k, v, visible, o, top, total, MASKED: tl.constexpr, SCALE: tl.con
     return o, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _packed_forward(
     q, k, v, o, lse, cu_seqlens, num_rows, num_seqs, R,
     q_row, q_head, k_row, k_head, v_row, v_head,
@@ -210,8 +211,8 @@ def _packed_forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: one head of BM rows of one sequence. The last blocks, which see most, start first."""
-    head = tl.program_id(0).to(tl.int64)
-    seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(1) - 1 - tl.program_id(1), BM)
+    head = tl.program_id(1).to(tl.int64)
+    seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(0) - 1 - tl.program_id(0), BM)
     start = tl.load(cu_seqlens + seq)
     length = tl.load(cu_seqlens + seq + 1) - start
     first = block * BM
@@ -245,7 +246,7 @@ def _packed_forward(
         out, top, total = _absorb(queries, keys, values, visible, out, top, total, True, SCALE, PRECISION)
 
     total = tl.where(rows < length, total, 1.0)
-    o += ((at + rows) * tl.num_programs(0) + head)[:, None] * D + dims[None, :]
+    o += ((at + rows) * tl.num_programs(1) + head)[:, None] * D + dims[None, :]
     tl.store(o, (out / total[:, None]).to(o.dtype.element_ty), mask=inside)
     tl.store(lse + head * num_rows + at + rows, top + tl.log2(total), mask=rows < length)
 
@@ -258,7 +259,7 @@ def _visible(rows, keys, WINDOW: tl.constexpr):
     return keys <= rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _packed_dq(
     o, dq, q, k, v, do, lse, delta, cu_seqlens, num_rows, num_seqs, R,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
@@ -266,8 +267,8 @@ def _packed_dq(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of one head of BM rows of one sequence; also delta = sum(do · o), which `_packed_dkv` reads."""
-    head = tl.program_id(0).to(tl.int64)
-    seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(1) - 1 - tl.program_id(1), BM)
+    head = tl.program_id(1).to(tl.int64)
+    seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(0) - 1 - tl.program_id(0), BM)
     start = tl.load(cu_seqlens + seq)
     length = tl.load(cu_seqlens + seq + 1) - start
     first = block * BM
@@ -276,7 +277,7 @@ def _packed_dq(
     rows, dims, cols = first + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     inside = (rows < length)[:, None] & (dims < D)[None, :]
     at = start.to(tl.int64)
-    own = ((at + rows) * tl.num_programs(0) + head)[:, None] * D + dims[None, :]
+    own = ((at + rows) * tl.num_programs(1) + head)[:, None] * D + dims[None, :]
     queries = tl.load(q + (at + rows)[:, None] * q_row + head * q_head + dims[None, :], mask=inside, other=0.0)
     grads = tl.load(do + (at + rows)[:, None] * do_row + head * do_head + dims[None, :], mask=inside, other=0.0)
     outputs = tl.load(o + own, mask=inside, other=0.0)
@@ -303,7 +304,7 @@ def _packed_dq(
     tl.store(dq + own, (out * (SCALE * LN_2)).to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _packed_dkv(
     dk, dv, q, k, v, do, lse, delta, cu_seqlens, num_rows, num_seqs, R,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
@@ -311,8 +312,8 @@ def _packed_dkv(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of one key head of BN rows of one sequence, over the R query heads that share it."""
-    group = tl.program_id(0).to(tl.int64)
-    seq, block = _find(cu_seqlens, num_seqs, tl.program_id(1), BN)
+    group = tl.program_id(1).to(tl.int64)
+    seq, block = _find(cu_seqlens, num_seqs, tl.program_id(0), BN)
     start = tl.load(cu_seqlens + seq)
     length = tl.load(cu_seqlens + seq + 1) - start
     first = block * BN
@@ -345,7 +346,7 @@ def _packed_dkv(
         dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         ds = p * (dp - shares[None, :])
         dk_sum = tl.dot(ds.to(queries.dtype), queries, dk_sum, input_precision=PRECISION)
-    own = ((at + cols) * tl.num_programs(0) + group)[:, None] * D + dims[None, :]
+    own = ((at + cols) * tl.num_programs(1) + group)[:, None] * D + dims[None, :]
     tl.store(dk + own, (dk_sum * (SCALE * LN_2)).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + own, dv_sum.to(dv.dtype.element_ty), mask=inside)
 
@@ -395,25 +396,26 @@ def _attend_pages(
     (num_rows, heads, head_dim), num_seqs, groups = q.shape, slots.shape[0], keys.shape[0]
     shared = heads // groups
     wide = q.dtype == torch.float32
-    tokens = -(-num_rows // num_seqs) if decodes else (32 if wide else 128) // shared
+    tokens = -(-num_rows // num_seqs) if decodes else (16 if wide else 128) // shared
     bm = max(16, triton.next_power_of_2(max(1, tokens) * shared))
     tokens = bm // shared
     one_each = decodes and num_rows == num_seqs  # then a block is a sequence
     blocks = num_seqs if one_each else num_rows // tokens + num_seqs
-    splits = _num_splits(blocks * groups, block_tables.shape[1]) if decodes else 1
+    splits, fewest_pages = _splits(blocks * groups, groups, block_tables.shape[1]) if decodes else (1, 1)
     partial, lse = out, out
     if splits > 1:
         partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, num_rows, heads, dtype=torch.float32, device=q.device)
-    _paged[groups, blocks, splits](
+    _paged[blocks, groups, splits](
         *(q, keys, values, partial, lse, cu_seqlens, kv_lens, slots, block_tables),
         *(num_rows, num_seqs, *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2], block_tables.stride(0)),
         R=shared,
         PARTIAL=splits > 1,
         ONE_EACH=one_each,
+        FEWEST_PAGES=fewest_pages,
         **_options(q, window, bm, keys.shape[2]),
         num_warps=8 if bm > 64 else 4,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide else 5,  # two of them hide where the page lies
     )
     if splits > 1:
         options = _options(q, window, bm, keys.shape[2])
@@ -422,28 +424,25 @@ def _attend_pages(
             D=head_dim,
             BD=options["BD"],
             BS=triton.next_power_of_2(splits),
-            num_warps=1 if options["BD"] <= 64 else 2,
         )
 
 
-def _num_splits(programs: int, most_pages: int) -> int:
-    """Return into how many parts decoding divides each sequence's keys.
+def _splits(programs: int, groups: int, most_pages: int) -> tuple[int, int]:
+    """Return into how many parts decoding divides a sequence's keys at most, and the fewest pages of a part.
 
-    It depends on shapes only, for a captured graph runs at any length; a part is its share of the length that there
-    is. The fewest parts whose programs fill whole waves of a GPU nearly as well as any number does.
+    Both depend on shapes only, for a captured graph runs at any lengths; the kernel makes as many parts as a sequence's
+    length is worth, and programs of surplus ones return at once. Parts must fill a GPU with the `programs` that there
+    would be without them, and fill half of it with one sequence's `groups` alone: it may be the only long one.
     """
-    most = max(1, min(MAX_SPLITS, most_pages, 2 * RESIDENT_PROGRAMS // programs + 1))
-    filled = [
-        n / (RESIDENT_PROGRAMS * -(-n // RESIDENT_PROGRAMS)) for n in range(programs, programs * most + 1, programs)
-    ]
-    return 1 + next(i for i, share in enumerate(filled) if share >= 0.95 * max(filled))
+    fewest = 4 if programs < FULL else 16  # what a part costs, its float32 output above all, is shared by more keys
+    return max(1, min(-(-most_pages // fewest), max(-(-FULL // programs), -(-FULL // (2 * groups))))), fewest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _paged(
     q, k, v, o, lse, cu_seqlens, kv_lens, slots, block_tables, num_rows, num_seqs,
     q_row, q_head, k_group, k_page, v_group, v_page, table_row,
-    R: tl.constexpr, PARTIAL: tl.constexpr, ONE_EACH: tl.constexpr,
+    R: tl.constexpr, PARTIAL: tl.constexpr, ONE_EACH: tl.constexpr, FEWEST_PAGES: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -451,17 +450,17 @@ def _paged(
 
     PARTIAL: o [splits, T, H, D] float32 and lse [splits, T, H] take the parts' results, else o the whole one.
     """
-    group, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    group, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     if ONE_EACH:
-        seq, block = tl.program_id(1), 0
+        seq, block = tl.program_id(0), 0
     else:
-        seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(1) - 1 - tl.program_id(1), BM // R)
+        seq, block = _find(cu_seqlens, num_seqs, tl.num_programs(0) - 1 - tl.program_id(0), BM // R)
     start = tl.load(cu_seqlens + seq)
     num_new = tl.load(cu_seqlens + seq + 1) - start
     first = block * (BM // R)
     if first >= num_new:
         return
-    heads = tl.num_programs(0) * R
+    heads = tl.num_programs(1) * R
     length = tl.load(kv_lens + seq).to(tl.int32)
     m, dims, cols = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     rows = first + m // R
@@ -469,16 +468,22 @@ def _paged(
     inside = real[:, None] & (dims < D)[None, :]
     at = (start - tl.load(cu_seqlens)).to(tl.int64) + rows
     head = group * R + m % R
-    queries = tl.load(q + (at * q_row + head * q_head)[:, None] + dims[None, :], mask=inside, other=0.0)
     places = rows + (length - num_new)  # of the rows in their sequence
 
     seen = tl.minimum(first + BM // R, num_new) + (length - num_new)  # tokens that some row sees
     begin = 0
     if WINDOW:
         begin = tl.maximum(first + (length - num_new) - WINDOW + 1, 0) // BN
-    each = tl.cdiv(tl.cdiv(seen, BN) - begin, tl.num_programs(2))
+    last = tl.cdiv(seen, BN)
+    each = tl.cdiv(last - begin, tl.minimum(tl.num_programs(2), tl.cdiv(last - begin, FEWEST_PAGES)))
     begin += split * each
-    end = tl.minimum(begin + each, tl.cdiv(seen, BN))
+    end = tl.minimum(begin + each, last)
+    if PARTIAL:
+        at_part = at + split.to(tl.int64) * num_rows
+        if begin >= end:
+            tl.store(lse + at_part * heads + head, tl.full((BM,), float("-inf"), tl.float32), mask=real)
+            return
+    queries = tl.load(q + (at * q_row + head * q_head)[:, None] + dims[None, :], mask=inside, other=0.0)
     whole = tl.minimum(end, (first + (length - num_new) + 1) // BN)  # pages that every row sees all of
     if WINDOW:
         whole = begin
@@ -506,22 +511,25 @@ def _paged(
 
     out = out / tl.where(total > 0, total, 1.0)[:, None]
     if PARTIAL:
-        at += split.to(tl.int64) * num_rows
-        tl.store(lse + at * heads + head, top + tl.log2(total), mask=real)  # -inf: this part has no key that they see
+        at = at_part
+        tl.store(lse + at * heads + head, top + tl.log2(total), mask=real)  # -inf: a row that sees none of these keys
     tl.store(o + (at * heads + head)[:, None] * D + dims[None, :], out.to(o.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _join(partial, lse, out, num_rows, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
     """A program: one head of one row; the parts' outputs weighted by their shares of the sum of exponentials."""
     row, heads, head = tl.program_id(0).to(tl.int64), tl.num_programs(1), tl.program_id(1)
     parts, dims = tl.arange(0, BS), tl.arange(0, BD)
     norms = tl.load(lse + (parts * num_rows + row) * heads + head, mask=parts < splits, other=float("-inf"))
     top = tl.max(norms, 0)
-    total = tl.sum(tl.exp2(norms - top), 0)
+    used = tl.max(tl.where(norms == float("-inf"), 0, parts + 1), 0)  # behind them nothing was written
     o = tl.zeros((BD,), tl.float32)
-    for i in range(splits):
-        at = (i * num_rows + row) * heads + head
-        weight = tl.exp2(tl.load(lse + at) - top)
-        o += weight * tl.load(partial + at * D + dims, mask=dims < D, other=0.0)
-    tl.store(out + (row * heads + head) * D + dims, (o / total).to(out.dtype.element_ty), mask=dims < D)
+    total = tl.sum(tl.exp2(norms - top), 0)
+    for first in range(0, used, 16):
+        part = first + tl.arange(0, 16)
+        at = (part * num_rows + row) * heads + head
+        share = tl.exp2(tl.load(lse + at, mask=part < used, other=float("-inf")) - top) / total
+        inside = (part < used)[:, None] & (dims < D)[None, :]
+        o += tl.sum(share[:, None] * tl.load(partial + at[:, None] * D + dims[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + (row * heads + head) * D + dims, o.to(out.dtype.element_ty), mask=dims < D)

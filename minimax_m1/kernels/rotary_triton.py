@@ -29,8 +29,9 @@ class _Rotate(torch.autograd.Function):
         return _turned(x, cos, sin, back=False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _turned(dy, *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, sin, back=True), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -108,7 +109,7 @@ def _copy(x, y, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(y[:, None] + d[None, :], tl.load(x[:, None] + d[None, :], mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotate(
     x, y, cos, sin, num_tokens, num_heads, x_row, x_head, y_row, y_head,
     BACK: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
@@ -124,7 +125,7 @@ def _rotate(
     _turn(x, y, cos + token * HALF, sin + token * HALF, valid, BACK, HALF, REST, BLOCK_HALF, BLOCK_REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "token_rows"])
 def _rotate_append(
     q, k, v, keys, values, cos, sin, token_rows, num_tokens, H, G,
     q_row, q_head, k_row, k_head, v_row, v_head, keys_group, keys_row, values_group, values_row,

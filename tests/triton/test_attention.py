@@ -121,7 +121,7 @@ class Pages:
     ids=str,
 )
 def test_rows_over_pages(lens, new, num_decodes, heads, groups, head_dim, window, dtype, monkeypatch):
-    monkeypatch.setattr(attention_triton, "RESIDENT_PROGRAMS", 12)  # a few parts, where a GPU would have many
+    monkeypatch.setattr(attention_triton, "FULL", 12)  # a few parts, where a GPU would have many
     pages = Pages(lens, groups, head_dim, dtype)
     q = draw(sum(new), heads, 2 * head_dim, dtype=dtype, seed=99)[..., head_dim:]
     actual = softmax_attention_cached(
@@ -143,12 +143,12 @@ def test_rows_over_pages(lens, new, num_decodes, heads, groups, head_dim, window
 
 
 def test_parts_fill_the_gpu():
-    """The number of parts that decoding divides a sequence into, at M1's 8 groups and 1M tokens."""
-    parts = {n: attention_triton._num_splits(8 * n, 16384) for n in (1, 2, 8, 33, 64)}
-    for n, count in parts.items():
-        waves = 8 * n * count / attention_triton.RESIDENT_PROGRAMS
-        assert waves / -(-waves // 1) > 0.9, (n, count)
-    assert attention_triton._num_splits(8, 3) <= 3  # no more than there are pages
+    """At M1's 8 groups and tables for 1M tokens, also where one sequence alone is long."""
+    for num_seqs in (1, 2, 8, 33, 64):
+        splits, _ = attention_triton._splits(8 * num_seqs, 8, 16384)
+        assert splits * 8 * num_seqs >= attention_triton.FULL
+        assert splits * 8 >= attention_triton.FULL / 2
+    assert attention_triton._splits(8, 8, 3) == (1, 4)  # a table of three pages is one part
 
 
 @pytest.mark.parametrize(("head_dim", "half"), [(16, 4), (24, 5), (16, 8)])

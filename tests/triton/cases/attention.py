@@ -60,10 +60,6 @@ def case_decode_1():
     serve(1, 1, decodes=True)
 
 
-def case_decode_8():
-    serve(8, 1, decodes=True)
-
-
 def case_decode_64():
     serve(64, 1, decodes=True)
 
