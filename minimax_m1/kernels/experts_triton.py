@@ -3,12 +3,14 @@
 Shapes: as in `experts`. A pair is a token and one of its K experts, number t K + k; a row is a pair's place after they
 are sorted by expert. Row r is the pair `order[r]`, and rows `offsets[e]:offsets[e + 1]` belong to expert e; how many
 there are of each, only the device knows, so a grid has a tile for every row that may be and the surplus ends at once.
-Tiles and their products are those of `product_triton`.
+
+Products are taken as w x^T, in tiles of BLOCK_N rows of the weight by BLOCK_M rows of x: a tensor core wants 64 rows
+or more of its left operand, but of its right one 16 do, and few rows of x are what decoding has. The left one may also
+come out of registers, where quantized weights become floats.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimax_m1.kernels.product_triton import product, row_product, swizzle
 from minimax_m1.kernels.quantized import GPU_TILE, QuantizedWeight
+from minimax_m1.kernels.quantized_triton import accumulate, words_and_scales
 
 SORT_ALONE = 1024  # pairs that one program sorts faster than three launches do
 GROUP = 16  # row tiles that run next to each other: 16 by 8 tiles of a wave read as little as possible into the L2
@@ -212,22 +214,23 @@ def row_tiles(pairs: int, num_experts: int, block_m: int) -> int:
     return (pairs + min(num_experts, pairs) * (block_m - 1)) // block_m
 
 
-def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype, group_size: int = 0) -> dict[str, int]:
-    """Return the constants of a grouped product, by the dtype of x and, if the weight has 4 bits, its groups' size.
+def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype, bits: int = 16) -> dict[str, int]:
+    """Return the constants of a grouped product, by the dtype of x and the bits of a weight (16: floats of any).
 
     A tile has the rows that an expert gets on average, with room for more, so that nearly every weight is read once;
     few rows leave shared memory to more weights under way, which is what their time is made of.
     """
     rows = pairs / num_experts
-    block_k = min(group_size, 128) or 64
+    few = 16 if rows <= 4 else 32 if rows <= 12 else 64 if rows <= 40 else None
     if dtype == torch.float32:  # three products of TF32 an element, so twice the registers
-        block_m = 16 if rows <= 12 else 64
-        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": min(block_k, 32), "num_warps": 4, "num_stages": 3}
-    if rows <= 40:
-        block_m = 16 if rows <= 4 else 32 if rows <= 12 else 64
-        return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
-    block_n = 128 if group_size else 256  # with groups there is a second sum, of one group
-    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": min(block_k, 64), "num_warps": 8, "num_stages": 4}
+        block_n, block_k, warps, stages = 64, 32 * 16 // bits, 4, 3
+        few = 16 if bits < 16 else min(few or 64, 64)
+    elif bits < 16:
+        block_n, block_k, warps, stages = (64, 1024 // bits, 4, 4) if few else (128, 512 // bits, 8, 3)
+    else:
+        block_n, block_k, warps, stages = (128, 64, 4, 4) if few else (256, 64, 8, 4)
+    sizes = {"BLOCK_M": few or 128, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return {**sizes, "num_warps": warps, "num_stages": stages}
 
 
 def up_product(
@@ -243,7 +246,7 @@ def up_product(
     x = _rows_contiguous(x)
     a = x.new_empty(pairs, width)
     h = x.new_empty(pairs, 2 * width) if keep else None
-    sizes = tile_sizes(pairs, weight.experts, x.dtype, weight.group_size)
+    sizes = tile_sizes(pairs, weight.experts, x.dtype, weight.bits)
     tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
     _up_kernel[(tiles * triton.cdiv(width, sizes["BLOCK_N"] // 2),)](
         x,
@@ -255,6 +258,7 @@ def up_product(
         a if h is None else h,
         x.stride(0),
         weight.stride,
+        weight.groups,
         weight.columns,
         width,
         weight.experts,
@@ -280,7 +284,7 @@ def down_product(a: Tensor, w2: Tensor | QuantizedWeight, order: Tensor, offsets
     pairs, hidden = order.shape[0], weight.rows
     a = _rows_contiguous(a)
     y = a.new_empty(pairs, hidden)
-    sizes = tile_sizes(pairs, weight.experts, a.dtype, weight.group_size)
+    sizes = tile_sizes(pairs, weight.experts, a.dtype, weight.bits)
     tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
     _down_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         a,
@@ -291,6 +295,7 @@ def down_product(a: Tensor, w2: Tensor | QuantizedWeight, order: Tensor, offsets
         y,
         a.stride(0),
         weight.stride,
+        weight.groups,
         weight.columns,
         hidden,
         weight.experts,
@@ -306,25 +311,26 @@ def down_product(a: Tensor, w2: Tensor | QuantizedWeight, order: Tensor, offsets
 
 
 class _Weight(NamedTuple):
-    """A stack of weights, float or quantized, as kernels take it: what a program of `product_triton` has to know."""
+    """A stack of weights, float or quantized, as `_product` takes it."""
 
-    values: Tensor
+    values: Tensor  # floats, or words of 16 bits
     scales: Tensor  # of floats: anything
     experts: int
     rows: int  # of an expert
     columns: int
-    stride: int  # between rows, in elements or bytes
+    stride: int  # between rows
+    groups: int  # of scales, a row; of floats: anything
     bits: int
     group_size: int  # 0: all of a row
 
     @classmethod
     def of(cls, w: Tensor | QuantizedWeight) -> _Weight:
         if isinstance(w, QuantizedWeight):
-            w = w.in_tiles(GPU_TILE)
-            rows, stride = math.prod(w.shape[1:-1]), w.tiles.shape[-3] * w.tiles.shape[-1]
-            return cls(w.tiles, w.scales, w.shape[0], rows, w.size_in, stride, w.bits, w.group_size or 0)
+            words, scales, groups = words_and_scales(w.in_tiles(GPU_TILE))
+            experts, rows = w.shape[0], words.shape[0] // w.shape[0]
+            return cls(words, scales, experts, rows, w.size_in, words.shape[1], groups, w.bits, w.group_size or 0)
         w = w.contiguous()
-        return cls(w, w, *w.shape, w.shape[-1], 16, 0)
+        return cls(w, w, w.shape[0], w.shape[1], w.shape[2], w.shape[2], 0, 16, 0)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -347,12 +353,53 @@ def find_tile(offsets, tile, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def expert_weight(w, scales, expert, rows, stride, size_in, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Return where an expert's weight and scales begin."""
-    expert = expert.to(tl.int64)
+def swizzle(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Return row and column of a program's tile: GROUP row tiles walk over the columns together, for the L2's sake."""
+    first = program // (GROUP * column_tiles) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = program % (GROUP * column_tiles)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _product(
+    w,
+    scales,
+    w_rows,
+    w_stride,
+    groups,
+    x,
+    x_places,
+    size_in,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Return w x^T [BLOCK_N, BLOCK_M] in float32.
+
+    w_rows [BLOCK_N] and x_places [BLOCK_M], both int64: the rows of the weight, and where those of x begin. All of them
+    exist (those past an end repeat one), so that only columns are masked, and not if BLOCK_K divides them (EVEN_K).
+    """
+    out = tl.zeros((w_rows.shape[0], x_places.shape[0]), tl.float32)
+    w += (w_rows * w_stride)[:, None]
+    x += x_places[None, :]
     if BITS < 16:
-        scales += expert * rows * (tl.cdiv(size_in, GROUP_SIZE) if BITS == 4 else 1)
-    return w + expert * rows * stride, scales
+        rows: tl.constexpr = w_rows.shape[0]
+        dtype: tl.constexpr = x.dtype.element_ty
+        scale = scales + (w_rows * groups)[:, None]
+        out = accumulate(out, w, scale, x, 0, size_in, size_in, GROUP_SIZE, rows, BLOCK_K, dtype)
+        if BITS == 8:
+            out *= tl.load(scales + w_rows)[:, None]
+    else:
+        k = tl.arange(0, BLOCK_K)
+        for first in range(0, size_in, BLOCK_K):
+            column = first + k
+            left = tl.load(w + column[None, :], mask=None if EVEN_K else (column < size_in)[None, :])
+            right = tl.load(x + column[:, None], mask=None if EVEN_K else (column < size_in)[:, None])
+            # tf32x3: of float32; for others it says nothing
+            out = tl.dot(left.to(right.dtype), right, out, input_precision="tf32x3")
+    return out
 
 
 @triton.jit
@@ -366,6 +413,7 @@ def _up_kernel(
     h,
     x_stride,
     w_stride,
+    groups,
     hidden,
     width,
     num_experts,
@@ -393,9 +441,9 @@ def _up_kernel(
         tokens = tl.load(order + tl.minimum(rows, end - 1)) // top_k
         n = tl.arange(0, BLOCK_N)
         w_rows = n // half * width + tl.minimum(column_tile * half + n % half, width - 1)
-        w13, scales = expert_weight(w13, scales, expert, 2 * width, w_stride, hidden, BITS, GROUP_SIZE)
+        w_rows += expert.to(tl.int64) * 2 * width
         places = tokens.to(tl.int64) * x_stride
-        out = product(w13, scales, w_rows, w_stride, x, places, hidden, BITS, GROUP_SIZE, EVEN_K, BLOCK_K)
+        out = _product(w13, scales, w_rows, w_stride, groups, x, places, hidden, EVEN_K, BLOCK_K, BITS, GROUP_SIZE)
         gate, up = tl.split(tl.permute(tl.reshape(out, (2, half, BLOCK_M)), (2, 1, 0)))
         columns = column_tile * half + tl.arange(0, half)
         inside = (rows < end)[:, None] & (columns < width)[None, :]
@@ -418,6 +466,7 @@ def _down_kernel(
     y,
     a_stride,
     w_stride,
+    groups,
     width,
     hidden,
     num_experts,
@@ -438,10 +487,9 @@ def _down_kernel(
         rows = first + tl.arange(0, BLOCK_M)
         sources = tl.minimum(rows, end - 1)
         columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_rows = tl.minimum(columns, hidden - 1)
-        w2, scales = expert_weight(w2, scales, expert, hidden, w_stride, width, BITS, GROUP_SIZE)
+        w_rows = expert.to(tl.int64) * hidden + tl.minimum(columns, hidden - 1)
         places = sources.to(tl.int64) * a_stride
-        out = product(w2, scales, w_rows, w_stride, a, places, width, BITS, GROUP_SIZE, EVEN_K, BLOCK_K)
+        out = _product(w2, scales, w_rows, w_stride, groups, a, places, width, EVEN_K, BLOCK_K, BITS, GROUP_SIZE)
         inside = (rows < end)[:, None] & (columns < hidden)[None, :]
         places = tl.load(order + sources).to(tl.int64)[:, None] * hidden + columns[None, :]
         tl.store(y + places, tl.trans(out).to(y.dtype.element_ty), mask=inside)
@@ -488,73 +536,60 @@ def expert_mlp_triton(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     num_experts, top_k = w13.shape[0], expert_ids.shape[1]
-    if expert_ids.numel() <= num_experts // 4:
-        return _gathered_mlp(x, _Weight.of(w13), _Weight.of(w2), expert_ids.contiguous(), expert_weights.contiguous())
+    if isinstance(w13, Tensor) and isinstance(w2, Tensor) and expert_ids.numel() <= num_experts // 4:
+        return _gathered_mlp(x, w13.contiguous(), w2.contiguous(), expert_ids.contiguous(), expert_weights.contiguous())
     order, offsets = sort_rows(expert_ids, expert_weights, num_experts)
     a, _ = up_product(x, w13, order, offsets, top_k, keep=False)
     return add_up(down_product(a, w2, order, offsets), expert_weights, top_k)
 
 
-def _gathered_mlp(x: Tensor, w13: _Weight, w2: _Weight, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-    """Run the experts of a few pairs, each pair by itself.
+def _gathered_mlp(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """Run the experts of a few pairs, each pair by itself, with float weights; quantized ones want tensor cores.
 
     Nothing is sorted, and no tensor core is filled with rows that do not exist. An expert of two tokens is read twice,
     but the second time from the L2: programs of the same part of a weight are neighbours in the grid.
     """
-    tokens, top_k = expert_ids.shape
-    width, hidden = w2.columns, w13.columns
+    (tokens, top_k), (_, hidden, width) = expert_ids.shape, w2.shape
     x = _rows_contiguous(x)
     a, y = x.new_empty(tokens * top_k, width), x.new_empty(tokens, hidden)
-    sizes = {"ROWS": 16, "BLOCK_K": 512}  # 16 KiB of bfloat16 under way in each of five programs of a multiprocessor
+    sizes = {"ROWS": 16, "BLOCK_K": 512}  # 16 KiB of bfloat16 under way in each of a multiprocessor's programs
     _gathered_up_kernel[(tokens * top_k, triton.cdiv(width, sizes["ROWS"] // 2))](
-        x,
-        w13.values,
-        w13.scales,
-        expert_ids,
-        expert_weights,
-        a,
-        x.stride(0),
-        w13.stride,
-        hidden,
-        width,
-        TOP_K=top_k,
-        BITS=w13.bits,
-        GROUP_SIZE=w13.group_size,
-        **sizes,
+        x, w13, expert_ids, expert_weights, a, x.stride(0), hidden, width, TOP_K=top_k, **sizes
     )
     _gathered_down_kernel[(tokens, triton.cdiv(hidden, sizes["ROWS"]))](
-        a,
-        w2.values,
-        w2.scales,
-        expert_ids,
-        expert_weights,
-        y,
-        w2.stride,
-        width,
-        hidden,
-        TOP_K=top_k,
-        BITS=w2.bits,
-        GROUP_SIZE=w2.group_size,
-        **sizes,
+        a, w2, expert_ids, expert_weights, y, width, hidden, TOP_K=top_k, **sizes
     )
     return y
+
+
+@triton.jit
+def _row_product(w, w_rows, x, size_in, BLOCK_K: tl.constexpr):
+    """Return w x of rows `w_rows` of w, all of which exist, and one row of x, in float32.
+
+    Every byte of the weight goes once from memory into a register, 16 of them at a time.
+    """
+    k = tl.arange(0, BLOCK_K)
+    out = tl.zeros((w_rows.shape[0], BLOCK_K // 8), tl.float32)
+    for first in range(0, size_in, BLOCK_K):
+        inside = first + k < size_in
+        left = tl.load(w + w_rows[:, None] * size_in + (first + k)[None, :], mask=inside[None, :], other=0.0)
+        right = tl.load(x + first + k, mask=inside, other=0.0)
+        products = left.to(tl.float32) * right.to(tl.float32)[None, :]
+        out += tl.sum(tl.reshape(products, (w_rows.shape[0], BLOCK_K // 8, 8)), 2)  # a thread's own
+    return tl.sum(out, 1)
 
 
 @triton.jit
 def _gathered_up_kernel(
     x,
     w13,
-    scales,
     expert_ids,
     expert_weights,
     a,
     x_stride,
-    w_stride,
     hidden,
     width,
     TOP_K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -562,12 +597,10 @@ def _gathered_up_kernel(
     pair = tl.program_id(0)
     half: tl.constexpr = ROWS // 2
     if tl.load(expert_weights + pair).to(tl.float32) != 0:
-        expert = tl.load(expert_ids + pair)
         n = tl.arange(0, ROWS)
         w_rows = n // half * width + tl.minimum(tl.program_id(1) * half + n % half, width - 1)
-        w13, scales = expert_weight(w13, scales, expert, 2 * width, w_stride, hidden, BITS, GROUP_SIZE)
-        x += (pair // TOP_K).to(tl.int64) * x_stride
-        out = row_product(w13, scales, w_rows, w_stride, x, hidden, BITS, GROUP_SIZE, BLOCK_K)
+        w13 += tl.load(expert_ids + pair) * 2 * width * hidden
+        out = _row_product(w13, w_rows, x + (pair // TOP_K).to(tl.int64) * x_stride, hidden, BLOCK_K)
         gate, up = tl.split(tl.permute(tl.reshape(out, (2, half)), (1, 0)))
         columns = tl.program_id(1) * half + tl.arange(0, half)
         result = gate * tl.sigmoid(gate) * up
@@ -578,16 +611,12 @@ def _gathered_up_kernel(
 def _gathered_down_kernel(
     a,
     w2,
-    scales,
     expert_ids,
     expert_weights,
     y,
-    w_stride,
     width,
     hidden,
     TOP_K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -600,8 +629,6 @@ def _gathered_down_kernel(
         pair = token * TOP_K + k
         weight = tl.load(expert_weights + pair).to(tl.float32)
         if weight != 0:
-            expert = tl.load(expert_ids + pair)
-            w, s = expert_weight(w2, scales, expert, hidden, w_stride, width, BITS, GROUP_SIZE)
-            row = a + pair * width
-            total += weight * row_product(w, s, w_rows, w_stride, row, width, BITS, GROUP_SIZE, BLOCK_K)
+            w = w2 + tl.load(expert_ids + pair) * hidden * width
+            total += weight * _row_product(w, w_rows, a + pair * width, width, BLOCK_K)
     tl.store(y + token * hidden + columns, total.to(y.dtype.element_ty), mask=columns < hidden)
