@@ -3,7 +3,7 @@
 #                 that of OpenAI's client for Node needs npm, and they skip without
 # make test-fast  the tests that are not marked slow, some four minutes on two cores
 # make check      formatting, lint, types, fast tests
-# make bench      measure this machine against Transformers
+# make bench      measure this machine, or its GPU, against Transformers and other rivals
 # make clean      remove .venv and caches
 #
 # PYTHON=python3.12     the interpreter for .venv (3.10 or newer)
@@ -39,7 +39,7 @@ check: .venv/installed-dev
 
 # a fast wrong answer is no result: the oracle tests first
 bench: .venv/installed-dev
-	$(PYTEST) -n 2 tests/oracle
+	$(PYTEST) -n 2 tests/oracle tests/triton
 	$(BIN)/minimax-m1 bench
 
 clean:
