@@ -32,6 +32,11 @@ def route(logits: Tensor, top_k: int, backend: str | None = None) -> tuple[Tenso
     """
     if choose(backend, logits) == "compiled" and compiled.fits(logits):
         return compiled.route(logits, top_k)
+    if choose(backend, logits) == "triton":
+        from minimax_m1.kernels.experts_backward_triton import Route
+        from minimax_m1.kernels.experts_triton import route_triton
+
+        return (Route.apply if _needs_gradient(logits) else route_triton)(logits, top_k)
     probs = torch.softmax(logits, -1)
     weights, expert_ids = torch.topk(probs, top_k)
     return probs, expert_ids, weights / weights.sum(-1, keepdim=True)
@@ -64,6 +69,8 @@ def expert_mlp(
     Raises:
         UserError: a gradient through quantized weights is asked for.
     """
+    if choose(backend, x) == "triton":
+        return _expert_mlp_triton(x, w13, w2, expert_ids, expert_weights)
     if isinstance(w13, QuantizedWeight) or isinstance(w2, QuantizedWeight):
         assert isinstance(w13, QuantizedWeight) and isinstance(w2, QuantizedWeight)
         refuse_gradient(x, expert_weights)
@@ -83,6 +90,22 @@ def expert_mlp(
         return expert_mlp_torch(x, w13, w2, expert_ids, expert_weights, min_rows)
     decoded = compiled.experts(x[:rows], w13, w2, expert_ids[:rows], expert_weights[:rows])
     return torch.cat((decoded, expert_mlp_torch(x[rows:], w13, w2, expert_ids[rows:], expert_weights[rows:], min_rows)))
+
+
+def _expert_mlp_triton(
+    x: Tensor, w13: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, expert_ids: Tensor, expert_weights: Tensor
+) -> Tensor:
+    from minimax_m1.kernels.experts_backward_triton import ExpertMLP
+    from minimax_m1.kernels.experts_triton import expert_mlp_triton
+
+    if isinstance(w13, QuantizedWeight):
+        refuse_gradient(x, expert_weights)
+    run = ExpertMLP.apply if _needs_gradient(x, w13, w2, expert_weights) else expert_mlp_triton
+    return run(x, w13, w2, expert_ids, expert_weights)
+
+
+def _needs_gradient(*inputs: Tensor | QuantizedWeight) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def expert_mlp_reference(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 63, 65, 257])
+@pytest.mark.parametrize("tokens", [1, 3, 257])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(32, 2), (5, 3), (1, 1)])
 def test_route(tokens, num_experts, top_k):
     logits = draw(tokens, num_experts)
