@@ -104,17 +104,18 @@ def accumulate(
     PARTS: tl.constexpr = 2 if GROUP == 0 else 4
     tile = tl.arange(0, BK // (16 * PARTS))
     word = tl.arange(0, BK // PARTS)
-    column = word // 16 * (16 * PARTS) + word % 16
+    first = word // 16 * (16 * PARTS)  # of a tile's columns
     for k in range(start, end, BK):
-        words = tl.load(w + (k // PARTS + word)[None, :], mask=(k + column - word % 16 < K)[None, :], other=0)
+        words = tl.load(w + (k // PARTS + word)[None, :], mask=(k + first < K)[None, :], other=0)
         for i in tl.static_range(PARTS):
-            columns = k + 16 * i + column
+            columns = k + 16 * i + first + word % 16
             x_part = tl.load(x + columns[:, None], mask=(columns < K)[:, None], other=0)
             part = whole_numbers(words, i, PARTS, dtype)
             if GROUP != 0:
-                first = k + tile * 64 + 16 * i
-                scale = tl.load(scales + (first // GROUP)[None, :], mask=(first < K)[None, :], other=0)
-                scale = tl.broadcast_to(scale[:, :, None], (BN, BK // 64, 16)).reshape(BN, BK // 4)
+                if i % (2 if GROUP == 32 else 4) == 0:
+                    begin = k + 16 * i + tile * 64
+                    scale = tl.load(scales + (begin // GROUP)[None, :], mask=(begin < K)[None, :], other=0)
+                    scale = tl.broadcast_to(scale[:, :, None], (BN, BK // 64, 16)).reshape(BN, BK // 4)
                 part = (part * scale.to(part.dtype)).to(dtype)
             acc = tl.dot(part.to(dtype), x_part, acc, input_precision="tf32x3")
     return acc
@@ -133,15 +134,15 @@ def whole_numbers(words, i: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constex
         numbers = (bits - (128 if PARTS == 2 else 8)).to(tl.float32)
     elif PARTS == 4:
         numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x43004300, 0xEA; "
+            "{ .reg .b32 a, b; shr.b32 a, $1, $2; lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA; "
             "mov.b32 b, 0x43084308; sub.rn.bf16x2 $0, a, b; }",
-            "=r,r", [words >> (4 * i)], dtype=tl.bfloat16, is_pure=True, pack=2,
+            "=r,r,r,r", [words, 4 * i], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA; "
-            "lop3.b32 b, $1, 0x00800080, 0x43004300, 0xAE; sub.rn.bf16x2 $0, a, b; }",
-            "=r,r", [words >> (8 * i)], dtype=tl.bfloat16, is_pure=True, pack=2,
+            "{ .reg .b32 a, b; shr.b32 a, $1, $2; lop3.b32 b, a, 0x00800080, 0x43004300, 0xAE; "
+            "lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA; sub.rn.bf16x2 $0, a, b; }",
+            "=r,r,r,r", [words, 8 * i], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     return numbers
 
