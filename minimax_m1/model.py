@@ -485,13 +485,17 @@ class LMHead(Float32Linear):
         x, weight = rounded(hidden, self.product_dtype), rounded(self.weight, self.product_dtype)
         return rounded(float32_linear(x, weight, backend, num_decodes), self.product_dtype)
 
-    def token_losses(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
+    def token_losses(
+        self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0, backend: str | None = None
+    ) -> tuple[Tensor, ...]:
         """Return `kernels.cross_entropy.linear_cross_entropy` of these tokens."""
-        return linear_cross_entropy(hidden, self.weight, targets, z_loss, product_dtype=self.product_dtype)
+        return linear_cross_entropy(
+            hidden, self.weight, targets, z_loss, product_dtype=self.product_dtype, backend=backend
+        )
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """Return `kernels.cross_entropy.linear_logprobs` of these tokens."""
-        return linear_logprobs(hidden, self.weight, targets, product_dtype=self.product_dtype)
+        return linear_logprobs(hidden, self.weight, targets, product_dtype=self.product_dtype, backend=backend)
 
 
 class Gate(Float32Linear):

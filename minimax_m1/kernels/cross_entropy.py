@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_m1.kernels import choose
+
 CHUNK_BYTES = 32 << 20  # of logits that exist at a time
 MIN_CHUNK = 128  # tokens; below, the products are slow
 
@@ -26,6 +28,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk: int | None = None,
     product_dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum the cross-entropy of softmax(hidden weight^T) over tokens, in float32 (float64 for float64).
 
@@ -37,8 +40,9 @@ def linear_cross_entropy(
         weight: [V, D].
         targets: [n] int64, ids below V.
         z_loss: coefficient of the squared log of the softmax's normaliser.
-        chunk: tokens at a time; None: what CHUNK_BYTES hold.
+        chunk: tokens at a time; None: what CHUNK_BYTES hold (those of `cross_entropy_triton` on a GPU).
         product_dtype: see above.
+        backend: as everywhere; bfloat16 is multiplied by PyTorch with each of them.
 
     Returns:
         the loss: cross-entropy + z_loss · squares, summed, differentiable in hidden and weight; the summed
@@ -46,8 +50,11 @@ def linear_cross_entropy(
 
     Source: the z-loss is PaLM's (arXiv 2204.02311).
     """
-    chunk = chunk or _tokens_at_a_time(weight)
-    options = z_loss, chunk, product_dtype
+    if product_dtype == torch.float32 and choose(backend, hidden) == "triton":
+        from minimax_m1.kernels.cross_entropy_triton import linear_cross_entropy_triton
+
+        return linear_cross_entropy_triton(hidden, weight, targets, z_loss, chunk)
+    options = z_loss, chunk or _tokens_at_a_time(weight), product_dtype
     loss, cross_entropy, squares, hits = _LinearCrossEntropy.apply(hidden, weight, targets, *options)
     return loss, cross_entropy, squares, hits
 
@@ -58,6 +65,7 @@ def linear_logprobs(
     targets: Tensor,
     chunk: int | None = None,
     product_dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each token's log-probability under softmax(hidden weight^T) and the entropy of that, [n] float32 each.
 
@@ -68,12 +76,17 @@ def linear_logprobs(
         hidden: [n, D], any float dtype; n may be 0.
         weight: [V, D].
         targets: [n] int64, ids below V.
-        chunk: tokens at a time; None: what CHUNK_BYTES hold.
+        chunk: tokens at a time; None: what CHUNK_BYTES hold (those of `cross_entropy_triton` on a GPU).
         product_dtype: see above.
+        backend: as everywhere; bfloat16 is multiplied by PyTorch with each of them.
 
     Returns:
         the log-probabilities, differentiable (once) in hidden and weight, and the entropies in nats, which are not.
     """
+    if product_dtype == torch.float32 and choose(backend, hidden) == "triton":
+        from minimax_m1.kernels.cross_entropy_triton import linear_logprobs_triton
+
+        return linear_logprobs_triton(hidden, weight, targets, chunk)
     chunk = chunk or _tokens_at_a_time(weight)
     logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, chunk, product_dtype)
     return logprobs, entropy

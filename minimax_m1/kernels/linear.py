@@ -6,10 +6,12 @@ Shapes: M rows (tokens), K in, N out; a weight is [N, K], in its own dtype, and 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minimax_m1.errors import UserError
 from minimax_m1.kernels import choose, compiled
@@ -70,6 +72,54 @@ def float32_linear(x: Tensor, weight: Tensor, backend: str | None = None, num_de
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return _linear(x, weight, backend, num_decodes, widen=True)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """x weight^T in float32 by `float32_product`; gradients are rounded to the dtype of x, as other matrices' are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        parts = parts_of(weight, x.dtype)
+        ctx.save_for_backward(x, parts[0])
+        ctx.dtype = weight.dtype
+        if len(parts) == 1:
+            return float32_product(x, parts[0].T)
+        both = float32_product(x, torch.cat(parts).T)  # x is read once
+        return both[:, : len(weight)] + both[:, len(weight) :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = float32_product(grad.T, x).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def float32_product(a: Tensor, b: Tensor, added_to: Tensor | None = None) -> Tensor:
+    """Return a b [M, N] in float32, or add it to a tensor of that; not differentiable.
+
+    Matrices of 16 bits are multiplied by a GPU's tensor cores: each product is exact in float32, where they are summed.
+    """
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # a CPU has no such product
+        a, b = a.float(), b.float()
+        return torch.mm(a, b) if added_to is None else added_to.addmm_(a, b)
+    if added_to is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(added_to, a, b, out_dtype=torch.float32, out=added_to)
+
+
+def parts_of(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return one or two tensors of `dtype` that sum to weight: bfloat16 and what rounding to it left of a float32.
+
+    What two of them leave is below 2^-17 of a number, as little as float32 sums of thousands of products leave; a third
+    would make a head's product half as long again.
+    """
+    first = weight.to(dtype)
+    if dtype in (torch.float32, weight.dtype):
+        return [first]
+    return [first, (weight - first.to(weight.dtype)).to(dtype)]
 
 
 def _linear(x: Tensor, weight: Tensor, backend: str | None, num_decodes: int | None, widen: bool) -> Tensor:

@@ -166,7 +166,7 @@ class Learner:
         """Add the gradients of one micro-batch; return the sums of its tokens that are reported."""
         settings = self.settings
         hidden, routings = self.model.forward_packed(batch.input_ids, batch.layout)
-        logprobs, entropy = self.model.lm_head.token_logprobs(hidden[batch.rows], batch.targets)
+        logprobs, entropy = self.model.lm_head.token_logprobs(hidden[batch.rows], batch.targets, settings.backend)
         result = policy_loss(
             logprobs,
             batch.old_logprobs,
@@ -197,7 +197,7 @@ class Learner:
         if self.reference is None:
             return None
         hidden, _ = self.reference.forward_packed(batch.input_ids, batch.layout)
-        return self.reference.lm_head.token_logprobs(hidden[batch.rows], batch.targets)[0]
+        return self.reference.lm_head.token_logprobs(hidden[batch.rows], batch.targets, self.settings.backend)[0]
 
     def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in sums.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,10 +47,15 @@ class PackedBatch:
     targets: Tensor  # [T] int64
     layout: ForwardBatch
 
+    @cached_property
+    def learned(self) -> Tensor:
+        """[n] int64: the rows that the loss falls on. The first time, a GPU is waited for: best before a step."""
+        return (self.targets != IGNORED).nonzero()[:, 0]
+
     @property
     def num_targets(self) -> int:
         """Tokens that the loss falls on."""
-        return int((self.targets != IGNORED).sum())
+        return len(self.learned)
 
 
 def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", backend: str | None = None) -> PackedBatch:

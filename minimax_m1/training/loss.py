@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minimax_m1.model import MiniMaxM1ForCausalLM, Routing, load_balancing_loss
-from minimax_m1.training.data import IGNORED, PackedBatch
+from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.parallel import World, context_balance_loss
 
 
@@ -31,8 +31,8 @@ def packed_losses(
 ) -> PackedLosses:
     """Run the model on a packed batch; logits are made only for the tokens that are learned, a chunk at a time."""
     hidden, routings = model.forward_packed(batch.input_ids, batch.layout)
-    learned = batch.targets != IGNORED
-    loss, cross_entropy, squares, hits = model.lm_head.token_losses(hidden[learned], batch.targets[learned], z_loss)
+    hidden, targets = hidden.index_select(0, batch.learned), batch.targets[batch.learned]
+    loss, cross_entropy, squares, hits = model.lm_head.token_losses(hidden, targets, z_loss, batch.layout.backend)
     if world is not None and world.num_context_ranks > 1:
         balance = context_balance_loss(routings, world.context_group)
     else:
