@@ -150,7 +150,8 @@ def refuse_gradient(*inputs: Tensor) -> None:
 def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = None, min_rows: int = 1) -> Tensor:
     """Return x weight^T in the dtype of x through PyTorch's product, in the type that is fastest here.
 
-    Fewer rows than `min_rows` are filled up with zeros: below 16 PyTorch's product sums in another order.
+    On a CPU fewer rows than `min_rows` are filled up with zeros: below 16 PyTorch's product sums in another order. On a
+    GPU the order depends on the number of rows at any size, and filling up would only be two launches more.
 
     float32 rows times a bfloat16 weight: a CPU with bfloat16 instructions rounds the rows, as a GPU would; any other,
     and the reference, widens the weight, which is exact. A quantized weight is multiplied as the floats it stands for.
@@ -158,7 +159,7 @@ def matmul(x: Tensor, weight: Tensor | QuantizedWeight, backend: str | None = No
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(x.dtype)
     rows = x.shape[0]
-    if rows < min_rows:
+    if rows < min_rows and x.device.type == "cpu":
         return matmul(F.pad(x, (0, 0, 0, min_rows - rows)), weight, backend)[:rows]
     narrow = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and CPU_MULTIPLIES_BFLOAT16
     if narrow and choose(backend, x) != "reference":
