@@ -102,13 +102,13 @@ class _Packed(torch.autograd.Function):
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         if len(q):
-            wide = q.dtype == torch.float32
-            bm, bn = (64, 32) if wide else (128, 64)
+            wide = _is_wide(q)
+            bm, bn = (32, 32) if wide else (128, 64)
             _packed_forward[_grid(q, cu_seqlens, bm)](
                 *(q, k, v, o, lse, cu_seqlens, *_sizes(q, k, cu_seqlens), *q.stride()[:2], *k.stride()[:2]),
                 *v.stride()[:2],
                 **_options(q, window, bm, bn),
-                num_warps=4 if wide else 8,
+                num_warps=8,
                 num_stages=2 if wide else 3,
             )
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
@@ -122,24 +122,29 @@ class _Packed(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         delta = torch.empty_like(lse)
         if len(q):
-            wide = q.dtype == torch.float32
+            wide = _is_wide(q)
             inputs = (q, k, v, do, lse, delta, cu_seqlens, *_sizes(q, k, cu_seqlens), *q.stride()[:2])
             strides = (*k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
             bm, bn = (32, 32) if wide else (128, 64)
             _packed_dq[_grid(q, cu_seqlens, bm)](
                 *(o, dq, *inputs, *strides),
                 **_options(q, ctx.window, bm, bn),
-                num_warps=4 if wide else 8,
+                num_warps=8,
                 num_stages=1 if wide else 2,
             )
             bm, bn = (32, 32) if wide else (32, 128)  # 64 rows would spill
             _packed_dkv[_grid(k, cu_seqlens, bn)](
                 *(dk, dv, *inputs, *strides),
                 **_options(q, ctx.window, bm, bn),
-                num_warps=4 if wide else 8,
+                num_warps=8,
                 num_stages=1 if wide else 3,
             )
         return dq, dk, dv, None, None
+
+
+def _is_wide(q: Tensor) -> bool:
+    """Whether heads are too large for the tiles that suit M1's, 128 numbers of 16 bits; small ones are for memory."""
+    return q.dtype == torch.float32 or q.shape[-1] > 128
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -395,8 +400,8 @@ def _attend_pages(
     """The sequences that decode, or all others; cu_seqlens may begin above 0."""
     (num_rows, heads, head_dim), num_seqs, groups = q.shape, slots.shape[0], keys.shape[0]
     shared = heads // groups
-    wide = q.dtype == torch.float32
-    tokens = -(-num_rows // num_seqs) if decodes else (16 if wide else 128) // shared
+    wide = _is_wide(q)
+    tokens = -(-num_rows // num_seqs) if decodes else (32 if wide else 128) // shared
     bm = max(16, triton.next_power_of_2(max(1, tokens) * shared))
     tokens = bm // shared
     one_each = decodes and num_rows == num_seqs  # then a block is a sequence
@@ -414,7 +419,7 @@ def _attend_pages(
         ONE_EACH=one_each,
         FEWEST_PAGES=fewest_pages,
         **_options(q, window, bm, keys.shape[2]),
-        num_warps=8 if bm > 64 else 4,
+        num_warps=8 if wide or bm > 64 else 4,
         num_stages=2 if wide else 5,  # two of them hide where the page lies
     )
     if splits > 1:
