@@ -80,7 +80,7 @@ def softmax_attention_cached(
         slots: [N] int64, the row of `block_tables` of each sequence.
         block_tables: [slots, most pages] int32; entry j is the page of tokens j PAGE_SIZE to (j + 1) PAGE_SIZE - 1.
         num_decodes: the first so many sequences decode: few rows each, through a kernel of their own.
-        num_decode_rows: their rows; None: read from cu_seqlens, for which the host waits.
+        num_decode_rows: their rows; None: read from cu_seqlens where others follow, for which the host waits.
         window, backend: as in `softmax_attention`.
 
     Returns:
@@ -90,7 +90,9 @@ def softmax_attention_cached(
     if chosen == "triton":
         from minimax_m1.kernels.attention_triton import attend_cached
 
-        cut = int(cu_seqlens[num_decodes]) if num_decode_rows is None else num_decode_rows
+        cut = num_decode_rows
+        if cut is None:
+            cut = q.shape[0] if num_decodes == slots.shape[0] else int(cu_seqlens[num_decodes])
         return attend_cached(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, cut, window)
     if chosen == "compiled" and compiled.fits(q, keys, values) and keys.dtype == q.dtype:
         return _cached_compiled(q, keys, values, cu_seqlens, kv_lens, slots, block_tables, num_decodes, window)
