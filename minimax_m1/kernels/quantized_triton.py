@@ -37,10 +37,9 @@ def quantized_linear_triton(x: Tensor, weight: QuantizedWeight) -> Tensor:
         return F.linear(x, dequantize_triton(weight, x.dtype))
     x = x if x.stride(1) == 1 else x.contiguous()
     block_m, block_n, block_k, warps, stages = _blocks(rows, weight.bits, x.dtype)
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(size_out, block_n)
     steps = triton.cdiv(size_in, block_k)
-    # two programs for every multiprocessor, but no sum of less than four blocks
-    splits = max(1, min(2 * num_multiprocessors(x.device) // max(tiles, 1), steps // 4))
+    most = max(1, min(16 if rows <= 64 else 2, steps // 4))
+    splits = _splits(triton.cdiv(rows, block_m) * triton.cdiv(size_out, block_n), most, x.device)
     out = x.new_empty(rows, size_out)
     sums = out[None] if splits == 1 else x.new_empty(splits, rows, size_out, dtype=torch.float32)
     if rows == 0:
@@ -79,14 +78,27 @@ def words_and_scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
 def _blocks(rows: int, bits: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Return rows of x, rows of the weight and columns of a block, warps and stages for so many rows of x.
 
-    Up to 64 rows the weight's bytes are what takes time: 4 to 8 KB of them are on their way in each of three stages of
-    two to four programs of a multiprocessor. With more it is the arithmetic: a weight is converted once for 128 rows.
+    Up to 64 rows the weight's bytes are what takes time, and two to five programs of a multiprocessor have 8 or 16 KB
+    of them on their way in each of three stages. x is read again by each program, from the second-level cache: the
+    more rows it has, the more of the weight's a program takes. Beyond 64 it is the arithmetic that takes time, and a
+    weight is converted once for 128 rows.
     """
     if dtype == torch.float32:
         return 16, 64, 64 * 8 // bits, 4, 3
-    if rows <= 64:
-        return max(16, triton.next_power_of_2(rows)), 64, 128 if rows > 16 else 128 * 8 // bits, 4, 4
-    return 128, 128, 64 * 8 // bits, 8, 3
+    if rows > 64:
+        return 128, 128, 64 * 8 // bits, 8, 3
+    few = bits == 8 and rows <= 16
+    return max(16, triton.next_power_of_2(rows)), 64 if few else 128, 128, 4 if few or bits == 4 else 8, 4
+
+
+def _splits(tiles: int, most: int, device: torch.device) -> int:
+    """Return how many programs share the columns of a tile of the result.
+
+    The fewest that make two programs for every multiprocessor and leave at most a tenth of the places of a round empty.
+    """
+    places = num_multiprocessors(device)
+    enough = [n for n in range(1, most + 1) if tiles * n >= 2 * places] or [most]
+    return next((n for n in enough if tiles * n >= 0.9 * places * triton.cdiv(tiles * n, places)), enough[0])
 
 
 @triton.jit
@@ -127,21 +139,22 @@ def whole_numbers(words, i: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constex
 
     Two words are a register. Into bits 0 to 6 of both halves of 0x43004300, which are 128 + those bits in bfloat16, the
     part's lower bits go at once. What is to be taken off is 136 with 4 bits, and with 8 bits 128, or 256 where the
-    highest bit is 0.
+    highest bit is 0. (Before compute capability 9.0 bfloat16 have no difference, only a product with a sum.)
     """
     if dtype != tl.bfloat16 or INTERPRETED:
         bits = (words >> (16 // PARTS * i)) & (255 if PARTS == 2 else 15)
         numbers = (bits - (128 if PARTS == 2 else 8)).to(tl.float32)
     elif PARTS == 4:
         numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; shr.b32 a, $1, $2; lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA; "
-            "mov.b32 b, 0x43084308; sub.rn.bf16x2 $0, a, b; }",
+            "{ .reg .b32 a, b, one; mov.b32 one, 0x3F803F80; shr.b32 a, $1, $2; mov.b32 b, 0xC308C308; "
+            "lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, a, one, b; }",
             "=r,r,r,r", [words, 4 * i], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; shr.b32 a, $1, $2; lop3.b32 b, a, 0x00800080, 0x43004300, 0xAE; "
-            "lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA; sub.rn.bf16x2 $0, a, b; }",
+            "{ .reg .b32 a, b, one; mov.b32 one, 0x3F803F80; shr.b32 a, $1, $2; "
+            "lop3.b32 b, a, 0x00800080, 0xC300C300, 0xAE; lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA; "
+            "fma.rn.bf16x2 $0, a, one, b; }",
             "=r,r,r,r", [words, 8 * i], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     return numbers

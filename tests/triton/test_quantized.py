@@ -119,7 +119,7 @@ def test_how_bits_become_bfloat16() -> None:
     def as_bfloat16(bits: torch.Tensor) -> torch.Tensor:
         return bits.to(torch.int16).view(torch.bfloat16)
 
-    found = as_bfloat16((part & 0x7F) | 0x4300) - as_bfloat16((~part & 0x80) | 0x4300)
+    found = as_bfloat16((part & 0x7F) | 0x4300) + as_bfloat16((~part & 0x80) | 0xC300)
     assert torch.equal(found.int(), part - 128)
     part = part[:16]
-    assert torch.equal((as_bfloat16((part & 0xF) | 0x4300) - as_bfloat16(torch.tensor([0x4308]))).int(), part - 8)
+    assert torch.equal((as_bfloat16((part & 0xF) | 0x4300) + as_bfloat16(torch.tensor([0xC308]))).int(), part - 8)
