@@ -27,7 +27,7 @@ from minimax_m1.kernels.attention import softmax_attention, softmax_attention_ca
 from minimax_m1.kernels.context import lightning_attention_divided, softmax_attention_divided
 from minimax_m1.kernels.cross_entropy import linear_cross_entropy, linear_logprobs, rounded
 from minimax_m1.kernels.exchange import expert_mlp_exchanged
-from minimax_m1.kernels.experts import expert_mlp, route
+from minimax_m1.kernels.experts import count_choices, expert_mlp, route
 from minimax_m1.kernels.lightning import (
     lightning_attention,
     lightning_decode,
@@ -577,7 +577,7 @@ def load_balancing_loss(routings: list[Routing]) -> Tensor:
     probs = torch.cat([r.probs for r in routings])
     num_experts = probs.shape[-1]
     ids = torch.cat([r.expert_ids for r in routings])
-    fraction = torch.bincount(ids.flatten(), minlength=num_experts).to(probs.dtype) / ids.shape[0]
+    fraction = count_choices(ids, num_experts).to(probs.dtype) / ids.shape[0]
     return num_experts * (fraction * probs.mean(0)).sum()
 
 

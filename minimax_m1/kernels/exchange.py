@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimax_m1.kernels.experts import expert_mlp, expert_mlp_reference
+from minimax_m1.kernels.experts import count_choices, expert_mlp, expert_mlp_reference
 
 
 def expert_mlp_exchanged(
@@ -36,7 +36,7 @@ def expert_mlp_exchanged(
     num_ranks, num_local = dist.get_world_size(group), w13.shape[0]
     num_tokens, top_k = expert_ids.shape
     order = torch.argsort(expert_ids.flatten(), stable=True)  # sorted row -> (token, k), flattened
-    counts = torch.bincount(expert_ids.flatten(), minlength=num_ranks * num_local)
+    counts = count_choices(expert_ids, num_ranks * num_local)
     received = torch.empty_like(counts)  # [R E / R]: from each rank, rows for each of our experts
     dist.all_to_all_single(received, counts, group=group)
     both = torch.stack((counts, received)).view(2, num_ranks, num_local).sum(2)

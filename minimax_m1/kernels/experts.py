@@ -108,6 +108,11 @@ def _needs_gradient(*inputs: Tensor | QuantizedWeight) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
+def count_choices(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Return [E] int64: how many of the ids fall on each expert. For bincount, the host would wait on a GPU."""
+    return (expert_ids.flatten()[:, None] == torch.arange(num_experts, device=expert_ids.device)).sum(0)
+
+
 def expert_mlp_reference(x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
     """Run all experts on all tokens and mask what was not chosen; the oracle of every other backend."""
     y = torch.zeros_like(x)

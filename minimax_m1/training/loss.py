@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minimax_m1.kernels.experts import count_choices
 from minimax_m1.model import MiniMaxM1ForCausalLM, Routing, load_balancing_loss
 from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.parallel import World, context_balance_loss
@@ -43,4 +44,4 @@ def packed_losses(
 def expert_counts(routings: list[Routing]) -> Tensor:
     """Return [L, E]: how many of the tokens' choices fell on each expert of each layer."""
     num_experts = routings[0].probs.shape[-1]
-    return torch.stack([torch.bincount(r.expert_ids.flatten(), minlength=num_experts) for r in routings])
+    return torch.stack([count_choices(r.expert_ids, num_experts) for r in routings])

@@ -30,6 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from minimax_m1.batch import ForwardBatch
 from minimax_m1.errors import UserError
 from minimax_m1.kernels.context import ContextPart
+from minimax_m1.kernels.experts import count_choices
 from minimax_m1.model import DecoderLayer, MiniMaxM1ForCausalLM, Routing
 from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.settings import TrainSettings
@@ -270,7 +271,7 @@ def context_balance_loss(routings: list[Routing], group: dist.ProcessGroup | Non
     probs = torch.cat([r.probs for r in routings])
     ids = torch.cat([r.expert_ids for r in routings])
     num_experts = probs.shape[-1]
-    counts, own = torch.bincount(ids.flatten(), minlength=num_experts).to(probs.dtype), probs.sum(0)
+    counts, own = count_choices(ids, num_experts).to(probs.dtype), probs.sum(0)
     totals = torch.stack((counts, own.detach()))
     dist.all_reduce(totals, group=group)
     num_tokens = totals[0].sum() / ids.shape[1]

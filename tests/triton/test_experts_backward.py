@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
 
-from minimax_m1.kernels.experts import expert_mlp_reference, route
+from minimax_m1.kernels.exchange import expert_mlp_exchanged
+from minimax_m1.kernels.experts import count_choices, expert_mlp_reference, route
 from minimax_m1.kernels.experts_backward_triton import ExpertMLP, Route
+from minimax_m1.model import Routing, load_balancing_loss
+from minimax_m1.training.loss import expert_counts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
@@ -104,10 +108,16 @@ def test_what_is_frozen_is_spared(trained, monkeypatch):
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in trained)
     calls = []
+
+    def counted(run):
+        def counting(*args, **options):
+            calls.append(run)
+            return run(*args, **options)
+
+        return counting
+
     for name in ("weight_grads", "row_grads"):
-        monkeypatch.setattr(
-            module, name, lambda *args, f=getattr(module, name), **o: (calls.append(f), f(*args, **o))[1]
-        )
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     compare(tensors, ids, torch.bfloat16)
     assert len(calls) == len({"x", "w13", "w2"} & set(trained))
 
@@ -157,3 +167,31 @@ def test_the_router_trains_through_its_weights_alone():
     wide = logits.detach().double().requires_grad_()
     grad = torch.autograd.grad(Route.apply(logits, 2)[2][:, 0].sum(), logits)[0]
     assert error(grad, torch.autograd.grad(route(wide, 2)[2][:, 0].sum(), wide)[0]) < 1e-5
+
+
+def test_choices_are_counted_without_asking_for_a_value():
+    expert_ids = torch.randint(5, (40, 2), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert torch.equal(count_choices(expert_ids, 7), torch.bincount(expert_ids.flatten(), minlength=7))
+    meta = Routing(*(torch.empty(40, n, device="meta", dtype=d) for n, d in ((7, None), (2, torch.int64), (2, None))))
+    assert load_balancing_loss([meta, meta]).shape == ()  # the meta device has no values: asking for one fails
+    assert expert_counts([meta, meta]).shape == (2, 7)
+
+
+def test_experts_on_ranks_run_with_these_kernels():
+    """One rank here: every row goes to itself, with one choice, and the weights act behind the exchange."""
+    tensors, ids = make_inputs(9, 2, torch.float32)
+    grad_y = torch.randn(9, 36).to(DEVICE)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        y, grads = gradients(
+            lambda x, w13, w2, ids, weights: expert_mlp_exchanged(x, w13, w2, ids, weights, dist.group.WORLD, "triton"),
+            tensors,
+            ids,
+            grad_y,
+        )
+    finally:
+        dist.destroy_process_group()
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected_y, expected = gradients(expert_mlp_reference, wide, ids, grad_y)
+    for a, b in zip((y, *grads), (expected_y, *expected), strict=True):
+        assert error(a, b) < TOLERANCE[torch.float32]
