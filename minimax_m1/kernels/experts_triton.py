@@ -226,7 +226,8 @@ def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype, bits: int = 16)
         block_n, block_k, warps, stages = 64, 32 * 16 // bits, 4, 3
         few = 16 if bits < 16 else min(few or 64, 64)
     elif bits < 16:
-        block_n, block_k, warps, stages = (64, 1024 // bits, 4, 4) if few else (128, 512 // bits, 8, 3)
+        block_n, block_k = 64 if few else 128, (1024 if few in (16, 32) else 512) // bits
+        warps, stages = (4, 4) if few else (8, 3)
     else:
         block_n, block_k, warps, stages = (128, 64, 4, 4) if few else (256, 64, 8, 4)
     sizes = {"BLOCK_M": few or 128, "BLOCK_N": block_n, "BLOCK_K": block_k}
@@ -447,13 +448,14 @@ def _up_kernel(
         gate, up = tl.split(tl.permute(tl.reshape(out, (2, half, BLOCK_M)), (2, 1, 0)))
         columns = column_tile * half + tl.arange(0, half)
         inside = (rows < end)[:, None] & (columns < width)[None, :]
-        places = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        row, start = tl.arange(0, BLOCK_M)[:, None], first.to(tl.int64) * width
         result = gate * tl.sigmoid(gate) * up
-        tl.store(a + places, result.to(a.dtype.element_ty), mask=inside)
+        tl.store(a + start + (row * width + columns[None, :]), result.to(a.dtype.element_ty), mask=inside)
         if KEEP:
-            places += rows.to(tl.int64)[:, None] * width
+            h += 2 * start
+            places = row * 2 * width + columns[None, :]
             tl.store(h + places, gate.to(h.dtype.element_ty), mask=inside)
-            tl.store(h + places + width, up.to(h.dtype.element_ty), mask=inside)
+            tl.store(h + width + places, up.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
