@@ -6,7 +6,7 @@ each, so the same inputs give the same bits.
 
 Over pages a program's BM queries are BM // R tokens times the R heads of a group, so a page is read once for all of
 them, and few rows (decoding) fill a matrix unit's tile. Few sequences with long contexts would leave most of a GPU
-idle: decoding is split along the keys as well, and a second kernel joins the parts by their log-sum-exps.
+idle: their keys are divided into parts, and a second kernel joins the parts by their log-sum-exps.
 
 Scores are in units of log 2, because a GPU has an exp2: log2(e) is part of the scale.
 """
@@ -49,10 +49,14 @@ def library(q: Tensor) -> Callable[..., Tensor] | None:
 
     FlashAttention, from its own package or within PyTorch, takes 16-bit floats on a GPU since Ampere.
     """
-    head_dim = q.shape[-1]
-    if not q.is_cuda or q.dtype == torch.float32 or head_dim > 256 or head_dim % 8:
+    return _library(q.dtype, q.shape[-1], q.device) if q.is_cuda and len(q) else None
+
+
+@cache
+def _library(dtype: torch.dtype, head_dim: int, device: torch.device) -> Callable[..., Tensor] | None:
+    if dtype == torch.float32 or head_dim > 256 or head_dim % 8:
         return None
-    if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     if find_spec("flash_attn") is not None:
         return _flash_attn
@@ -406,7 +410,10 @@ def _attend_pages(
     tokens = bm // shared
     one_each = decodes and num_rows == num_seqs  # then a block is a sequence
     blocks = num_seqs if one_each else num_rows // tokens + num_seqs
-    splits, fewest_pages = _splits(blocks * groups, groups, block_tables.shape[1]) if decodes else (1, 1)
+    programs = blocks * groups
+    # a short chunk behind a long past is divided too; a program of prefill has its multiprocessor for itself
+    busy, alone = (programs, groups) if decodes else (2 * programs, programs)
+    splits, fewest_pages = _splits(busy, alone, block_tables.shape[1])
     partial, lse = out, out
     if splits > 1:
         partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
@@ -432,15 +439,15 @@ def _attend_pages(
         )
 
 
-def _splits(programs: int, groups: int, most_pages: int) -> tuple[int, int]:
-    """Return into how many parts decoding divides a sequence's keys at most, and the fewest pages of a part.
+def _splits(programs: int, alone: int, most_pages: int) -> tuple[int, int]:
+    """Return into how many parts each sequence's keys are divided at most, and the fewest pages of a part.
 
     Both depend on shapes only, for a captured graph runs at any lengths; the kernel makes as many parts as a sequence's
     length is worth, and programs of surplus ones return at once. Parts must fill a GPU with the `programs` that there
-    would be without them, and fill half of it with one sequence's `groups` alone: it may be the only long one.
+    would be without them, and half of it with the `alone` of one sequence: it may be the only long one.
     """
     fewest = 4 if programs < FULL else 16  # what a part costs, its float32 output above all, is shared by more keys
-    return max(1, min(-(-most_pages // fewest), max(-(-FULL // programs), -(-FULL // (2 * groups))))), fewest
+    return max(1, min(-(-most_pages // fewest), max(-(-FULL // programs), -(-FULL // (2 * alone))))), fewest
 
 
 @triton.jit(do_not_specialize=VARYING)
