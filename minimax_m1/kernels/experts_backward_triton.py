@@ -77,7 +77,8 @@ class Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_probs: Tensor, _: Tensor, grad_weights: Tensor) -> tuple[Tensor, None]:
-        return route_grad(*ctx.saved_tensors, grad_probs, grad_weights), None
+        probs, expert_ids = ctx.saved_tensors
+        return route_grad(probs, expert_ids, grad_probs, grad_weights), None
 
 
 def activation_grads(

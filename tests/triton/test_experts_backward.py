@@ -79,15 +79,14 @@ def test_gradients_of_a_few_tokens_and_of_many(tokens):
     compare(*make_inputs(tokens, 1, torch.bfloat16, num_experts=2), torch.bfloat16)
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gradients_of_every_dtype(top_k, dtype):
+@pytest.mark.parametrize(("dtype", "top_k"), [(torch.bfloat16, 3), (torch.float16, 2), (torch.float32, 2)])
+def test_gradients_of_every_dtype(dtype, top_k):
     compare(*make_inputs(20, top_k, dtype), dtype)
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(256, 256), (80, 272)])
 def test_gradients_in_large_tiles(hidden, width):
-    inputs = make_inputs(70, 2, torch.bfloat16, hidden=hidden, width=width, num_experts=2)
+    inputs = make_inputs(20, 2, torch.bfloat16, hidden=hidden, width=width, num_experts=2)
     compare(*inputs, torch.bfloat16)
 
 
@@ -138,13 +137,13 @@ def test_inputs_of_any_strides():
 
 
 def test_the_same_inputs_give_the_same_bits():
-    tensors, ids = make_inputs(70, 2, torch.bfloat16, num_experts=2)
-    grad_y = torch.randn(70, 36).to(DEVICE)
+    tensors, ids = make_inputs(40, 2, torch.bfloat16, num_experts=2)
+    grad_y = torch.randn(40, 36).to(DEVICE)
     (y, first), (again, second) = (gradients(ExpertMLP.apply, tensors, ids, grad_y) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip((y, *first), (again, *second), strict=True))
 
 
-@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 5, 2), (70, 5, 1), (33, 32, 3), (9, 4, 4)])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 5, 2), (33, 32, 3), (9, 4, 4)])
 def test_gradients_of_the_router(tokens, num_experts, top_k):
     generator = torch.Generator().manual_seed(tokens)
     logits = torch.randn(tokens, num_experts, generator=generator).to(DEVICE).requires_grad_()

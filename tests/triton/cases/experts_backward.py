@@ -28,9 +28,5 @@ def case_no_tile_divides():
     train(300, 1008, 368, 5, 3)
 
 
-def case_odd():
-    train(300, 36, 22, 5, 3, torch.float16)
-
-
 def case_float32():
     train(4096, 1024, 1024, 16, 2, torch.float32)
