@@ -11,6 +11,7 @@ Source: MiniMax-01 report (arXiv 2501.08313), lightning attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,9 +60,17 @@ def lightning_attention(
     Returns:
         o [T, H, D] in the dtype of v, and the final states [N, H, D, D] float32 (float64 for float64 inputs).
     """
-    if choose(backend, q) == "reference":
-        return lightning_attention_reference(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
-    return lightning_attention_torch(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    return _runner(choose(backend, q))(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
+
+
+def _runner(chosen: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if chosen == "reference":
+        return lightning_attention_reference
+    if chosen == "triton":
+        from minimax_m1.kernels.lightning_triton import lightning_attention_triton
+
+        return lightning_attention_triton
+    return lightning_attention_torch
 
 
 def lightning_attention_reference(
@@ -108,7 +117,12 @@ def lightning_decode(
     Returns:
         o [T, H, D] in the dtype of v; several rows of a sequence give to the bit what as many calls would.
     """
-    if choose(backend, q) == "compiled" and compiled.fits(q, states):
+    chosen = choose(backend, q)
+    if chosen == "triton":
+        from minimax_m1.kernels.lightning_triton import lightning_decode_triton
+
+        return lightning_decode_triton(q, k, v, slope, states, slots, cu_seqlens)
+    if chosen == "compiled" and compiled.fits(q, states):
         return compiled.lightning_decode(q, k, v, slope, states, slots, cu_seqlens)
     if cu_seqlens is None or q.shape[0] == slots.shape[0]:
         return _advance(q, k, v, slope, states, slots)
@@ -150,8 +164,11 @@ def lightning_prefill(
         o [T, H, D] in the dtype of v.
     """
     chosen = choose(backend, q)
+    if chosen == "triton":
+        from minimax_m1.kernels.lightning_triton import lightning_prefill_triton
+
+        return lightning_prefill_triton(q, k, v, slope, states, slots, cu_seqlens)
     if chosen == "compiled" and compiled.fits(q, states):
         return compiled.lightning_prefill(q, k, v, slope, states, slots, cu_seqlens)
-    run = lightning_attention_reference if chosen == "reference" else lightning_attention_torch
-    o, states[slots] = run(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=states[slots])
+    o, states[slots] = _runner(chosen)(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=states[slots])
     return o
