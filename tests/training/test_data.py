@@ -52,6 +52,13 @@ CALL_TEXT = '<tool_calls>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</to
 TOOLS = [{"name": "clock", "description": "tells the time", "parameters": {}}]
 
 
+def test_rows_that_the_loss_falls_on_are_those_before_learned_ids() -> None:
+    batch = pack([Sample([5, 6, 7], [False, False, True]), Sample([8], [True]), Sample([9, 4, 3], [True, True, True])])
+    assert batch.learned.tolist() == [1, 4, 5]
+    assert batch.targets[batch.learned].tolist() == [7, 4, 3]
+    assert batch.num_targets == 3
+
+
 def test_a_problem_is_learned_from_its_response_on(tokenizer: MiniMaxM1Tokenizer) -> None:
     problem, earlier = (Problem("addition", f"What is {n} + 4?", "Count on.", f"{n + 4}", f"add:{n}") for n in (3, 5))
     sample = make_sample(tokenizer, problem, (earlier,), "Be brief.")
