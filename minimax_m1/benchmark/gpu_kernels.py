@@ -24,7 +24,7 @@ from minimax_m1.kernels.lightning import lightning_attention, lightning_decode, 
 from minimax_m1.kernels.linear import linear, rms_norm
 
 DTYPE = torch.bfloat16
-LENGTHS = (8192, 32_768, 131_072)
+LENGTHS = (1024, 8192, 32_768, 131_072)
 BATCH_SIZES = (1, 8, 64, 256)
 FEW = 64  # tokens up to which a case is that of decoding: bound by memory, and replayed as a graph
 
@@ -67,7 +67,7 @@ def lightning_decoding(
         yield Case(f"lightning decode {count}", "GB/s", moved / 1e9, flops, moved, ours, theirs, as_graph=True)
 
 
-def attention(config: MiniMaxM1Config, device: torch.device, lengths: Sequence[int] = LENGTHS[:2]) -> Iterator[Case]:
+def attention(config: MiniMaxM1Config, device: torch.device, lengths: Sequence[int] = LENGTHS[:3]) -> Iterator[Case]:
     """Softmax attention of one sequence, forward and with its backward; the rival is PyTorch's fused attention."""
     heads, head_dim = _heads(config)
     groups = config.num_key_value_heads
@@ -87,7 +87,7 @@ def attention(config: MiniMaxM1Config, device: torch.device, lengths: Sequence[i
 def attention_decoding(
     config: MiniMaxM1Config,
     device: torch.device,
-    batches: Sequence[tuple[int, int]] = ((1, 8192), (1, 131_072), (8, 32_768), (64, 8192)),
+    batches: Sequence[tuple[int, int]] = ((1, 8192), (1, 1 << 20), (8, 32_768), (64, 8192)),
 ) -> Iterator[Case]:
     """One token of N sequences of L tokens each, over scattered pages; the rival has the same keys laid end to end."""
     heads, head_dim = _heads(config)
