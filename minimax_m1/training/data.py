@@ -7,15 +7,17 @@ not learned (prompts, results of tools, the last token of a sample).
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch
+from minimax_m1.batch import ForwardBatch, to_device
 from minimax_m1.errors import UserError
 from minimax_m1.tasks import Problem
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
@@ -32,12 +34,6 @@ class Sample:
     ids: list[int]
     learned: list[bool]
 
-    @property
-    def targets(self) -> list[int]:
-        """What each id should be followed by; IGNORED where that is not learned."""
-        following = zip(self.ids[1:], self.learned[1:], strict=True)
-        return [token if learned else IGNORED for token, learned in following] + [IGNORED]
-
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -49,7 +45,7 @@ class PackedBatch:
 
     @cached_property
     def learned(self) -> Tensor:
-        """[n] int64: the rows that the loss falls on. The first time, a GPU is waited for: best before a step."""
+        """[n] int64: the rows that the loss falls on. The first time, a GPU is waited for: `to` asks on the host."""
         return (self.targets != IGNORED).nonzero()[:, 0]
 
     @property
@@ -57,13 +53,25 @@ class PackedBatch:
         """Tokens that the loss falls on."""
         return len(self.learned)
 
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the batch on a device, with `learned`; the host does not wait."""
+        ids, targets, learned = (to_device(x, device) for x in (self.input_ids, self.targets, self.learned))
+        cu_seqlens, positions = (to_device(x, device) for x in (self.layout.cu_seqlens, self.layout.positions))
+        moved = PackedBatch(ids, targets, replace(self.layout, cu_seqlens=cu_seqlens, positions=positions))
+        vars(moved)["learned"] = learned  # where cached_property keeps it
+        return moved
+
 
 def pack(samples: Sequence[Sample], device: torch.device | str = "cpu", backend: str | None = None) -> PackedBatch:
     """Lay samples end to end."""
-    ids = [token for sample in samples for token in sample.ids]
-    targets = [target for sample in samples for target in sample.targets]
-    layout = ForwardBatch.packed([len(sample.ids) for sample in samples], device=device, backend=backend)
-    return PackedBatch(torch.tensor(ids, device=device), torch.tensor(targets, device=device), layout)
+    layout = ForwardBatch.packed([len(sample.ids) for sample in samples], backend=backend)
+    ids = torch.frombuffer(array("q", chain.from_iterable(sample.ids for sample in samples)), dtype=torch.int64)
+    flags = bytearray(chain.from_iterable(sample.learned for sample in samples))
+    is_learned = torch.frombuffer(flags, dtype=torch.bool)
+    is_learned[layout.bounds[:-1]] = False  # nothing comes before the first of a sample
+    targets = torch.full_like(ids, IGNORED)
+    targets[:-1] = ids[1:].where(is_learned[1:], IGNORED)
+    return PackedBatch(ids, targets, layout).to(device)
 
 
 # -- Problems -----------------------------------------------------------------------------------------------------

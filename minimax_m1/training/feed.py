@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minimax_m1.training.data import PackedBatch, Sample, pack
+from minimax_m1.training.data import PackedBatch
 from minimax_m1.training.settings import TrainSettings
 from minimax_m1.training.stream import SampleStream
 
@@ -24,7 +24,7 @@ class Feed:
     def __init__(self, streams: Mapping[int, SampleStream], settings: TrainSettings, is_ahead: bool) -> None:
         self.streams, self.settings = streams, settings
         self._thread = ThreadPoolExecutor(1, "samples") if is_ahead else None
-        self._drawn: Future[list[list[Sample]]] | None = None  # of the next step
+        self._drawn: Future[list[PackedBatch]] | None = None  # of the next step, on the host
         self._states = self._read_states()
 
     def next_batches(self, step: int, device: torch.device) -> list[PackedBatch]:
@@ -33,11 +33,11 @@ class Feed:
         Raises:
             UserError: as `SampleStream.next_batch`.
         """
-        samples = self._draw(step) if self._drawn is None else self._drawn.result()
+        batches = self._draw(step) if self._drawn is None else self._drawn.result()
         self._states, self._drawn = self._read_states(), None
         if self._thread is not None and step + 1 < self.settings.steps:
             self._drawn = self._thread.submit(self._draw, step + 1)
-        return [pack(some, device, self.settings.backend) for some in samples]
+        return [batch.to(device) for batch in batches]
 
     def state(self) -> dict[str, Any]:
         """Return where each slot stands, for `load`."""
@@ -64,10 +64,10 @@ class Feed:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _draw(self, step: int) -> list[list[Sample]]:
+    def _draw(self, step: int) -> list[PackedBatch]:
         for stream in self.streams.values():
             stream.window = self.settings.window[self.settings.stage(step)]
-        return [stream.next_samples() for stream in self.streams.values()]
+        return [stream.next_batch(backend=self.settings.backend) for stream in self.streams.values()]
 
     def _read_states(self) -> dict[str, Any]:
         return {str(slot): stream.state_dict() for slot, stream in self.streams.items()}

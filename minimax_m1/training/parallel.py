@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -283,32 +283,42 @@ def context_balance_loss(routings: list[Routing], group: dist.ProcessGroup | Non
 
 
 def sum_over_ranks(values: Any, world: World) -> Any:
-    """Return the sums over all ranks of a list of numbers, or of a tensor, in kind."""
-    if world.mesh is None:
+    """Return the sums over all ranks of a list of numbers, or of a tensor, in kind; for a list no GPU is waited for."""
+    if world.size == 1:
         return values
     is_list = isinstance(values, list)
     sums = torch.tensor(values, dtype=torch.float64) if is_list else values.clone()
-    sums = sums.to(world.device)
     dist.all_reduce(sums)
     return sums.tolist() if is_list else sums
 
 
-@torch.no_grad()
 def gradient_norms(model: MiniMaxM1ForCausalLM, world: World) -> dict[str, float]:
     """Return the norm of the whole gradient, "all", and of its parts: "embedding", "layer 0", …, "head" (and norm)."""
+    return norms_by_layer(model, sum_over_ranks(gradient_squares(model), world).tolist(), world)
+
+
+@torch.no_grad()
+def gradient_squares(model: MiniMaxM1ForCausalLM) -> Tensor:
+    """Return [P] float64: the squared norm of this rank's part of each parameter's gradient; the host waits for none.
+
+    All of them in a few launches: one by one, hundreds, a GPU would stand still behind the host.
+    """
+    parameters = list(model.parameters())
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    norms = iter(torch._foreach_norm(gradients, dtype=torch.promote_types(gradients[0].dtype, torch.float32)))
+    zero = gradients[0].new_zeros(())
+    return torch.stack([zero if p.grad is None else next(norms) for p in parameters]).double().square()
+
+
+def norms_by_layer(model: MiniMaxM1ForCausalLM, squares: Sequence[float], world: World) -> dict[str, float]:
+    """Return `gradient_norms` from `gradient_squares`, once these are summed over ranks."""
     num_layers = len(model.model.layers)
-    names = ["embedding", *(f"layer {i}" for i in range(num_layers)), "head"]
-    squares = torch.zeros(len(names), dtype=torch.float64, device=world.device)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
+    sums = dict.fromkeys(["embedding", *(f"layer {i}" for i in range(num_layers)), "head"], 0.0)
+    for (name, parameter), square in zip(model.named_parameters(), squares, strict=True):
         layer = re.search(r"layers\.(\d+)\.", name)
-        place = 1 + int(layer[1]) if layer else 0 if "embed_tokens" in name else num_layers + 1
-        gradient = _local(parameter.grad)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).double()
-        squares[place] += norm**2 / (world.size // _num_parts(parameter))  # so many ranks hold the same part
-    sums = sum_over_ranks(squares, world).tolist()
-    return {name: math.sqrt(x) for name, x in zip([*names, "all"], [*sums, sum(sums)], strict=True)}
+        part = f"layer {layer[1]}" if layer else "embedding" if "embed_tokens" in name else "head"
+        sums[part] += square / (world.size // _num_parts(parameter))  # so many ranks hold the same part
+    return {name: math.sqrt(x) for name, x in {**sums, "all": sum(sums.values())}.items()}
 
 
 @torch.no_grad()

@@ -43,10 +43,11 @@ from minimax_m1.training.parallel import (
     clip_gradients,
     close_world,
     context_part,
-    gradient_norms,
+    gradient_squares,
     init_world,
     load_weights,
     materialize,
+    norms_by_layer,
     parallelize,
     sum_over_ranks,
 )
@@ -186,10 +187,12 @@ def train_step(
         values = losses.cross_entropy, losses.squares, losses.hits
         sums += torch.stack([*values, balance.detach() * num_targets / world.num_context_ranks])
         loads = loads + losses.expert_counts
-    totals = sum_over_ranks(torch.cat((sums, loads.double().flatten())), world).tolist()
-    loss, squares, accuracy, balance = (total / num_targets for total in totals[:4])
+    # The one place where the host waits for the device.
+    results = sums, loads.double().flatten(), gradient_squares(model)
+    totals = sum_over_ranks(torch.cat(results), world).cpu().split([len(part) for part in results])
+    loss, squares, accuracy, balance = (total / num_targets for total in totals[0].tolist())
 
-    norms = gradient_norms(model, world)
+    norms = norms_by_layer(model, totals[2].tolist(), world)
     skipped = not (math.isfinite(loss) and math.isfinite(norms["all"]))
     if not skipped:
         clip_gradients(model, min(1.0, settings.max_grad_norm / (norms["all"] + 1e-12)))
@@ -206,7 +209,7 @@ def train_step(
         "grad_norm": norms.pop("all"),
         "grad_norm_by_layer": norms,
         "lr": optimizers[-1].param_groups[0]["lr"],
-        "expert_counts": torch.tensor(totals[4:]).view(len(model.model.layers), -1),
+        "expert_counts": totals[1].view(loads.shape),
         "step_tokens": num_tokens,
         **({"skipped": True} if skipped else {}),
     }
