@@ -1,11 +1,10 @@
 """What the processes of test_exchange and test_context do: one rank's share of an operation, held against the whole.
 
-Run by `tests.ranks.launch` with the name of a folder; each rank writes its largest errors there, by case. Every rank
-draws the same numbers and computes the whole in float64 with the plain formula.
+Run by `tests.ranks.launch` with the operation and the name of a folder; each rank writes its largest errors there, by
+case. Every rank draws the same numbers and computes the whole in float64 with the plain formula.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -127,13 +126,9 @@ def exchange_errors() -> dict[str, float]:
     return errors
 
 
-def main() -> None:
+def main(operation: str, folder: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    errors = {"context": context_errors, "exchange": exchange_errors}[sys.argv[1]]()
-    (Path(sys.argv[2]) / f"{dist.get_rank()}.json").write_text(json.dumps(errors), encoding="utf-8")
+    errors = {"context": context_errors, "exchange": exchange_errors}[operation]()
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(errors), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """Updates of a small random network on made-up answers, alone or as one of the ranks of test_learner.
 
-`python -m tests.rl.learner_worker FOLDER` runs every case as one rank; rank 0 writes weights-CASE.pt and results.json.
+`main`, which tests.ranks.launch calls, runs every case as one rank; rank 0 writes weights-CASE.pt and results.json.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,14 @@ def run_case(name: str, world: World, ranks: int) -> tuple[dict[str, Tensor], di
     return {key: weight.clone() for key, weight in full_weights(learner.model)}, result
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     settings = make_settings(rollout_workers=1, trainer_ranks=2)
     world = init_world(settings.training())
     results = {}
     for name in CASES:
         weights, results[name] = run_case(name, world, 2)
         if world.is_main:
-            torch.save(weights, folder / f"weights-{name}.pt")
+            torch.save(weights, Path(folder, f"weights-{name}.pt"))
     if world.is_main:
-        (folder / "results.json").write_text(json.dumps(results))
+        Path(folder, "results.json").write_text(json.dumps(results))
     close_world(world)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -5,7 +5,6 @@ all together a checkpoint of each layout.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +174,11 @@ def probe(model: MiniMaxM1ForCausalLM) -> list[float]:
     return model.compute_logits(hidden).sum(0).tolist()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        result = run_layout(name, folder)
+    for name in names:
+        result = run_layout(name, Path(folder))
         if dist.get_rank() == 0:
-            with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+            with Path(folder, "results.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": name, **result}) + "\n")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from minimax_m1.quantization import quantize_model
 from minimax_m1.settings import read_toml
 from minimax_m1.training.lora import add_lora, load_lora, merge_lora, save_lora
 from minimax_m1.training.settings import TrainSettings
+from tests.ranks import launch
 from tests.tolerances import LOGITS, relative_error
 
 peft = pytest.importorskip("peft")
@@ -332,29 +331,24 @@ def train_and_save(model: MiniMaxM1ForCausalLM, seeds: list[int], folder: Path) 
     save_lora(model, folder)
 
 
-def run_rank(rank: int, port: int, targets: tuple[str, ...], folder: Path) -> None:
-    """Be one of two processes, with a micro-batch of its own."""
+def main(folder: str) -> None:
+    """Be one of two ranks, with a micro-batch of its own."""
     from minimax_m1.training.parallel import close_world, init_world, parallelize
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    wanted = settings(targets, batches_per_step=2, activation_checkpointing=True)
+    wanted = settings(batches_per_step=2, activation_checkpointing=True)
     world = init_world(wanted)
-    model = with_additions(targets).train()
+    model = with_additions().train()
     parallelize(model, world, wanted)
-    train_and_save(model, [rank], folder)
+    train_and_save(model, [world.rank], Path(folder))
     close_world(world)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [ALL], ids="+".join)
-def test_two_ranks_train_the_same_additions_as_one(tmp_path, targets):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, targets, tmp_path / "two"), nprocs=2)
-    train_and_save(with_additions(targets).train(), [0, 1], tmp_path / "one")
+def test_two_ranks_train_the_same_additions_as_one(tmp_path):
+    launch("tests.training.test_lora", 2, str(tmp_path / "two"))
+    train_and_save(with_additions().train(), [0, 1], tmp_path / "one")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    start = dict(with_additions(targets).named_parameters())
+    start = dict(with_additions().named_parameters())
     assert one.keys() == two.keys()
     for name, expected in one.items():
         before = start[re.sub(r"(lora_[AB])", r"\1.default", name.removeprefix("base_model.model."))]
