@@ -40,11 +40,12 @@ OF_THE_CLOCK = ("seconds", "tokens_per_second", "mfu")
 
 @pytest.fixture(autouse=True, scope="module")
 def small_and_single():
-    """One thread, because resuming is exact for one number of threads; a vocabulary from few problems, for speed."""
+    """One thread, because resuming is exact for one number of threads; a small vocabulary and no report, for speed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "VOCABULARY_RECORDS", 300)
+        patch.setattr(trainer, "_write_report", lambda output: None)  # most of the time that so small a run takes
         yield
     torch.set_num_threads(threads)
 

@@ -46,6 +46,12 @@ def settings(tmp_path: Path) -> TrainSettings:
     )
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to draw it, which takes longer than so small a run."""
+    monkeypatch.setattr(trainer, "_write_report", lambda output: None)
+
+
 def events(settings: TrainSettings) -> list[str]:
     lines = [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
     return [line["event"] for line in lines if "event" in line]
@@ -56,6 +62,7 @@ def last_metrics(settings: TrainSettings) -> dict[str, Any]:
     return next(line for line in reversed(lines) if "loss" in line)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_resumed_run_says_what_has_changed(settings: TrainSettings) -> None:
     trainer.train(settings)
     assert events(settings) == []
@@ -90,6 +97,7 @@ def test_ctrl_c_says_where_the_run_goes_on(
     assert capsys.readouterr().err.endswith("stopped; the same command continues after step 1\n")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_records_left_out_are_counted_and_the_first_of_a_kind_is_named(settings: TrainSettings) -> None:
     path = Path(next(iter(settings.mixture)))
     path.write_text(path.read_text() + '{"text": \n' + json.dumps({"text": "word " * 100}) + "\n")
