@@ -143,7 +143,7 @@ def _read_quantized(
 ) -> QuantizedWeight:
     """Read one matrix in the form of `like`: round it as `quantization` says, or (None) take it as it is stored."""
     if quantization is not None:
-        return quantize_weight(_read(pieces[name]), quantization, name)
+        return quantize_weight(_read(pieces[name]).to(like.tiles.device), quantization, name)
     values, scales = (_read(pieces[n]).to(like.tiles.device) for n in (name, f"{name}_scale"))
     return from_checkpoint(values, scales, like.size_in, like.group_size)
 

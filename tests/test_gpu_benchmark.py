@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minimax_m1.benchmark import gpu_kernels, gpu_layers, gpu_training
-from minimax_m1.benchmark.gpu_measure import measure, measure_gpu
+from minimax_m1.benchmark import gpu, gpu_kernels, gpu_layers, gpu_training
+from minimax_m1.benchmark.gpu_measure import Case, measure, measure_gpu
 from minimax_m1.benchmark.measure import Machine
 from minimax_m1.config import MiniMaxM1Config
 
@@ -59,6 +59,26 @@ def test_a_figure_has_its_ceiling(config, monkeypatch):
     assert figure.ceiling == pytest.approx(1e12 / 1e9)  # bound by memory: what is copied at best
     machine = measure_gpu(CPU, size=64)
     assert machine.gemm_flops > 0 and machine.read_bytes > 0
+
+
+def test_a_case_that_fails_leaves_the_others_their_figures(config, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no memory\nand more")
+
+    def cases(_, device):
+        yield Case("without its rival", "GB/s", 1, 0, 1, lambda: None, fails)
+        yield Case("nothing of it", "GB/s", 1, 0, 1, fails)
+        yield Case("after it", "GB/s", 1, 0, 1, lambda: None)
+        fails()
+
+    monkeypatch.setattr("minimax_m1.benchmark.gpu_measure.MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "CASES", ("products", "norms"))
+    monkeypatch.setattr(gpu_kernels, "CASES", {"products": cases, "norms": cases})
+    found = [(figure.case, figure.peer) for figure in gpu.run(CPU, MACHINE, gpu.CASES, with_peer=False)]
+    assert found == 2 * [("without its rival", None), ("after it", None)]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "without its rival, with its rival: RuntimeError: no memory"
+    assert [line.split(":")[0] for line in told[1:4]] == ["nothing of it", "products", told[0].split(":")[0]]
 
 
 def test_layers_are_measured(config, monkeypatch):

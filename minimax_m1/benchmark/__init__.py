@@ -46,13 +46,12 @@ def main(settings: BenchSettings) -> None:
         found = _run_on_cpu(machine, settings, rival, with_peer=peer is not None)
     else:
         found = gpu.run(device, machine, settings.only or accepted, with_peer=peer is not None)
-    figures = []
+    rows = []
     for figure in found:
-        figures.append(figure)
+        rows.append(figure._asdict())
         print(as_line(figure), flush=True)
-    if settings.json is not None:
-        rows = [figure._asdict() for figure in figures]
-        settings.json.write_text(json.dumps({"machine": about, "figures": rows}, indent=2) + "\n")
+        if settings.json is not None:  # each time: a run that is stopped has what it measured
+            settings.json.write_text(json.dumps({"machine": about, "figures": rows}, indent=2) + "\n")
 
 
 def _about(
