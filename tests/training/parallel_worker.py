@@ -33,7 +33,7 @@ from minimax_m1.training.parallel import (
 )
 from minimax_m1.training.settings import TrainSettings
 
-NUM_STEPS, NUM_SLOTS = 5, 4
+NUM_STEPS, NUM_SLOTS = 3, 4
 # The layouts whose ways of making and storing weights are tested: one, two and three ways of being divided.
 STORED = ("shard 2", "expert 2, shard 2", "replicate 2, expert 2")
 # name -> settings; what is not there is on one rank. Each is compared with the same on one process.
