@@ -13,6 +13,11 @@ No power of w is ever negative, so nothing overflows, whatever the slope. Writte
     dq = scan(do, v, k; S^T)          dk = reverse scan(v, do, q; dS_final^T)
 
 so nothing but the inputs is kept for the backward, and no state but the first and the last one ever leaves the chip.
+
+A scan is a program for each sequence, head and block of value columns. In training, few sequences with few heads would
+leave most of a GPU idle: they are cut into segments. What each segment adds to a state is scanned for all of them at
+once, the states before the segments follow from those one after the other (S' = w^L S + what was added), and the
+segments are scanned as sequences with these initial states. Prompts are never cut so: bits do not depend on the cuts.
 Source: MiniMax-01 report (arXiv 2501.08313), Algorithm 1 and 2.
 """
 
@@ -24,8 +29,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimax_m1.errors import UserError
+from minimax_m1.kernels.gpu import num_multiprocessors
 
 CHUNK = 64  # tokens; prompts that are cut at multiples of it give the same bits
+SEGMENT_CHUNKS = 16  # the fewest of a segment: its scan takes longer than the launches and the states between segments
+JOIN_NUMBERS = 1024  # of a state, for each program that joins segments
+HEAD_DIM = 256  # the largest one whose state fits into the registers of a program
 DECODE_COLUMNS = 32  # 128 bytes of each row of a state: a whole line of the cache
 
 
@@ -34,8 +46,9 @@ def lightning_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """Run lightning attention chunk by chunk; arguments and results as `lightning.lightning_attention`.
 
-    q, k and v have one dtype. Rows that no sequence holds are not written.
+    Rows that no sequence holds are not written.
     """
+    _check(q, k, v)
     o, final_state = _LightningAttention.apply(q, k, v, slope, initial_state, cu_seqlens)
     return o, final_state
 
@@ -44,6 +57,7 @@ def lightning_prefill_triton(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, states: Tensor, slots: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
     """Run a chunk of each of N prompts behind its state in the pool; arguments and result as `lightning_prefill`."""
+    _check(q, k, v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     _scan(q, k, v, o, slope, cu_seqlens, initial=states, final=states, slots=slots)
     return o
@@ -56,6 +70,7 @@ def lightning_decode_triton(
 
     A slot may repeat: which of its sequences then wins is left open, and nothing else is touched.
     """
+    _check(q, k, v)
     num_heads, head_dim = v.shape[1:]
     assert states.is_contiguous()
     q, k, v = (_with_unit_stride(x) for x in (q, k, v))
@@ -71,6 +86,14 @@ def lightning_decode_triton(
     return o
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise UserError for what the kernels do not take."""
+    if v.shape[-1] > HEAD_DIM:
+        raise UserError(f"backend: 'triton' takes head_dim up to {HEAD_DIM}, not {v.shape[-1]}; use torch")
+    if not q.dtype == k.dtype == v.dtype:
+        raise UserError(f"backend: 'triton' takes q, k, v of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}; use torch")
+
+
 class _LightningAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,10 +102,11 @@ class _LightningAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, slope, initial_state, cu_seqlens)
         ctx.set_materialize_grads(False)
         o, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), _states_of(cu_seqlens, v)
-        _scan(q, k, v, o, slope, cu_seqlens, initial=initial_state, final=final_state)
+        _scan_in_segments(q, k, v, o, slope, cu_seqlens, initial=initial_state, final=final_state)
         return o, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, slope, initial, cu_seqlens = ctx.saved_tensors
         if grad_o is None:  # only the final states were used
@@ -90,9 +114,9 @@ class _LightningAttention(torch.autograd.Function):
         grad_initial = _states_of(cu_seqlens, v) if ctx.needs_input_grad[4] else None
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         turned, grad_turned = (None if x is None else x.transpose(2, 3) for x in (initial, grad_final))
-        _scan(grad_o, v, k, dq, slope, cu_seqlens, initial=turned)
-        _scan(v, grad_o, q, dk, slope, cu_seqlens, initial=grad_turned, reverse=True)
-        _scan(k, q, grad_o, dv, slope, cu_seqlens, initial=grad_final, final=grad_initial, reverse=True)
+        _scan_in_segments(grad_o, v, k, dq, slope, cu_seqlens, initial=turned)
+        _scan_in_segments(v, grad_o, q, dk, slope, cu_seqlens, initial=grad_turned, reverse=True)
+        _scan_in_segments(k, q, grad_o, dv, slope, cu_seqlens, initial=grad_final, final=grad_initial, reverse=True)
         return dq, dk, dv, None, grad_initial, None
 
 
@@ -106,11 +130,61 @@ def _with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _scan(
+def _scan_in_segments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
+    slope: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
+    reverse: bool = False,
+) -> None:
+    """Do what `_scan` does, in segments where sequences and heads are too few to fill the GPU."""
+    tokens, num_heads, head_dim = v.shape
+    num_seqs = cu_seqlens.shape[0] - 1
+    length = _segment_length(v, num_seqs)
+    if length is None:
+        _scan(q, k, v, o, slope, cu_seqlens, initial=initial, final=final, reverse=reverse)
+        return
+    count = tokens // length + num_seqs  # enough wherever sequences begin; those behind the end of one are empty
+    bounds = cu_seqlens.new_empty(count + 1)
+    states = _states_of(bounds, v)  # what a segment adds, then the state that it begins with
+    _bounds_kernel[(num_seqs,)](cu_seqlens, bounds, count, length, num_warps=1)
+    _scan(None, k, v, None, slope, bounds, final=states, reverse=reverse)
+    _join_kernel[(num_seqs * num_heads * triton.cdiv(head_dim**2, JOIN_NUMBERS),)](
+        states, initial, final, slope, cu_seqlens, bounds, count, length,
+        *(initial.stride() if initial is not None else (0, 0, 0, 0)),
+        num_heads, head_dim, JOIN_NUMBERS, reverse,
+    )  # fmt: skip
+    _scan(q, k, v, o, slope, bounds, initial=states, reverse=reverse)
+
+
+def _segment_length(v: Tensor, num_seqs: int) -> int | None:
+    """Return the tokens of a segment for about two programs on each multiprocessor; None: no segments.
+
+    Keys and values of segments are read and multiplied twice, which a GPU that is half full can do beside.
+    """
+    tokens, num_heads, head_dim = v.shape
+    most = 2 * num_multiprocessors(v.device) // (num_heads * triton.cdiv(head_dim, _columns(head_dim)))
+    if v.dtype != torch.bfloat16 or 4 * num_seqs > most:
+        return None
+    length = CHUNK * max(SEGMENT_CHUNKS, triton.cdiv(tokens, CHUNK * (most - num_seqs)))
+    return length if tokens >= 2 * length * num_seqs else None
+
+
+def _columns(head_dim: int) -> int:
+    """Return the value columns of a program of `_scan_kernel`; 32 divides 96, and 256 key rows fill the registers."""
+    return 64 if head_dim in (64, 128) else 32
+
+
+def _scan(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
     slope: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -121,14 +195,15 @@ def _scan(
 ) -> None:
     """Write o [T, H, D], and `final` where it is given, by the formulas of this module; `initial` None is zeros.
 
-    initial, final: [N, H, D, D], or with slots [N] the pool [slots, H, D, D], which may be both.
+    q, o: None where only `final` is wanted, of bfloat16. initial, final: [N, H, D, D], or with slots [N] the pool
+    [slots, H, D, D], which may be both.
     """
     num_heads, head_dim = v.shape[1:]
-    q, k, v = (_with_unit_stride(x) for x in (q, k, v))
+    k, v = _with_unit_stride(k), _with_unit_stride(v)
+    q = None if q is None else _with_unit_stride(q)
     num_seqs, sign = cu_seqlens.shape[0] - 1, -1 if reverse else 1
-    if q.dtype == torch.bfloat16:
-        kernel, chunk = _scan_kernel, CHUNK
-        columns = 64 if head_dim in (64, 128) else 32  # 32 divides 96, and 256 key rows fill the registers
+    if v.dtype == torch.bfloat16:
+        kernel, chunk, columns = _scan_kernel, CHUNK, _columns(head_dim)
         # A multiprocessor has the registers for two programs. A third stage of loads takes the shared memory of one of
         # them, and beside an initial state it does not fit into registers.
         warps, stages = (8, 2) if head_dim > 128 else (4, 3 if initial is None else 2)
@@ -138,10 +213,11 @@ def _scan(
             final = _states_of(cu_seqlens, v)
     kernel[(num_seqs * num_heads * triton.cdiv(head_dim, columns),)](
         q, k, v, o, slope, cu_seqlens, initial, final, slots,
-        *(sign * x.stride(0) for x in (q, k, v, o)), *(x.stride(1) for x in (q, k, v, o)),
+        *(0 if x is None else sign * x.stride(0) for x in (q, k, v, o)),
+        *(0 if x is None else x.stride(1) for x in (q, k, v, o)),
         *(initial.stride() if initial is not None else (0, 0, 0, 0)),
         *(final.stride() if final is not None else (0, 0, 0, 0)),
-        num_heads, head_dim, triton.next_power_of_2(head_dim), columns, chunk, reverse,
+        num_heads, head_dim, max(16, triton.next_power_of_2(head_dim)), columns, chunk, reverse,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -182,33 +258,35 @@ def _scan_kernel(
 
     SHIFT: tl.constexpr = 1 if REVERSE else 0
     row = start + length - 1 if REVERSE else start
-    q += row * (-q_row if REVERSE else q_row) + head * q_head + key[None, :]
+    if o is not None:
+        q += row * (-q_row if REVERSE else q_row) + head * q_head + key[None, :]
+        o += row * (-o_row if REVERSE else o_row) + head * o_head + column[None, :]
     k += row * (-k_row if REVERSE else k_row) + head * k_head + key[None, :]
     v += row * (-v_row if REVERSE else v_row) + head * v_head + column[None, :]
-    o += row * (-o_row if REVERSE else o_row) + head * o_head + column[None, :]
     # What does not change is computed for each chunk all the same: kept, it takes more registers than there are.
     for first in tl.range(0, length, C, disable_licm=True):
         n = tl.minimum(length - first, C)
         rows = p[:, None].to(tl.int64) + first
         key_rows = (p < n)[:, None] & key_mask[None, :]
         column_rows = (p < n)[:, None] & column_mask[None, :]
-        qc = tl.load(q + rows * q_row, mask=key_rows, other=0.0)
         kc = tl.load(k + rows * k_row, mask=key_rows, other=0.0)
         vc = tl.load(v + rows * v_row, mask=column_rows, other=0.0)
-        out_decay = tl.exp(-s * (p + 1 - SHIFT).to(tl.float32))
+        if o is not None:
+            qc = tl.load(q + rows * q_row, mask=key_rows, other=0.0)
+            out_decay = tl.exp(-s * (p + 1 - SHIFT).to(tl.float32))
+            to_end = s * (n - p).to(tl.float32)
+            within = tl.exp(tl.where(causal, to_end[:, None] - to_end[None, :], float("-inf")))
+            out = tl.dot(qc, state.to(tl.bfloat16)) * out_decay[:, None]
+            scores = tl.dot(qc, tl.trans(kc)) * within
+            out = tl.dot(scores.to(tl.bfloat16), vc, out)
+            tl.store(o + rows * o_row, out.to(o.dtype.element_ty), mask=column_rows)
         v_decay = tl.exp(-s * tl.maximum(n - 1 + SHIFT - p, 0).to(tl.float32))
-        to_end = s * (n - p).to(tl.float32)
-        within = tl.exp(tl.where(causal, to_end[:, None] - to_end[None, :], float("-inf")))
-        out = tl.dot(qc, state.to(tl.bfloat16)) * out_decay[:, None]
-        scores = tl.dot(qc, tl.trans(kc)) * within
-        out = tl.dot(scores.to(tl.bfloat16), vc, out)
         decayed = vc.to(tl.float32) * v_decay[:, None]
         high = decayed.to(tl.bfloat16)
         state = tl.dot(tl.trans(kc), high, state * tl.exp(-s * n.to(tl.float32)))
         if final is not None:  # the rest of the decayed v: the state then keeps 16 bits of what it adds, not 8
             low = (decayed - high.to(tl.float32)).to(tl.bfloat16)
             state = tl.dot(tl.trans(kc), low, state)
-        tl.store(o + rows * o_row, out.to(o.dtype.element_ty), mask=column_rows)
     if final is not None:
         final += place * f_seq + head * f_head
         tl.store(final + key[:, None] * f_key + column[None, :] * f_column, state, mask=state_mask)
@@ -283,6 +361,56 @@ def _scan_float32_kernel(
         out *= tl.exp(-s * (p + 1 - SHIFT).to(tl.float32))[:, None]
         out = tl.dot(scores, vc, out, input_precision="tf32x3")
         tl.store(o + rows * o_row, out.to(o.dtype.element_ty), mask=column_rows)
+
+
+@triton.jit(do_not_specialize=["cu_seqlens", "bounds", "count", "length"])
+def _bounds_kernel(cu_seqlens, bounds, count, length):
+    """Write where the segments of one sequence begin; what follows the last of all is the end of its sequence.
+
+    Sequence i owns the segments from cu_seqlens[i] // length + i on.
+    """
+    seq = tl.program_id(0)
+    start = tl.load(cu_seqlens + seq)
+    end = tl.load(cu_seqlens + seq + 1)
+    first = start // length + seq
+    last = count if seq == tl.num_programs(0) - 1 else end // length + seq
+    for segment in range(first, last + 1):
+        tl.store(bounds + segment, tl.minimum(start + (segment - first) * length, end))
+
+
+@triton.jit(do_not_specialize=["cu_seqlens", "bounds", "count", "length"])
+def _join_kernel(
+    states, initial, final, slope, cu_seqlens, bounds, count, length,
+    i_seq, i_head, i_key, i_column,
+    H, D: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """A program walks along one sequence's segments with BLOCK numbers of one head's state.
+
+    It replaces what each adds by the state that the segment begins with, and writes the one after all to `final`.
+    """
+    BLOCKS: tl.constexpr = (D * D + BLOCK - 1) // BLOCK
+    head = tl.program_id(0) // BLOCKS % H
+    seq = tl.program_id(0) // (BLOCKS * H)
+    number = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    mask = number < D * D
+    s = tl.load(slope + head).to(tl.float32)
+    first = tl.load(cu_seqlens + seq) // length + seq
+    behind = (
+        count if seq == tl.num_programs(0) // (BLOCKS * H) - 1 else tl.load(cu_seqlens + seq + 1) // length + seq + 1
+    )
+    state = tl.zeros((BLOCK,), tl.float32)
+    if initial is not None:
+        initial += seq.to(tl.int64) * i_seq + head * i_head
+        state = tl.load(initial + number // D * i_key + number % D * i_column, mask=mask, other=0.0)
+    for i in range(behind - first):
+        segment = behind - 1 - i if REVERSE else first + i
+        at = states + (tl.cast(segment, tl.int64) * H + head) * (D * D) + number
+        added = tl.load(at, mask=mask, other=0.0)
+        tl.store(at, state, mask=mask)
+        n = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
+        state = state * tl.exp(-s * n.to(tl.float32)) + added
+    if final is not None:
+        tl.store(final + (seq.to(tl.int64) * H + head) * (D * D) + number, state, mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["cu_seqlens", "slots"])
