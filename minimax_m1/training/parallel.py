@@ -212,12 +212,20 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
     fully_shard(model, mp_policy=policy, **options)
 
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # gradients are summed: each loss is divided by the tokens of all ranks
+        # Gradients are summed: each loss is divided by the tokens of all ranks. One rank would copy them to divide by 1.
+        if isinstance(module, FSDPModule) and mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_packed")
     for name in ("token_losses", "token_logprobs", "logits"):
         register_fsdp_forward_method(model.lm_head, name)
+
+
+def keep_weights(model: nn.Module, world: World, is_kept: bool) -> None:
+    """Say whether what a forward gathers stays until its backward: on one rank, where it saves memory for nobody, but a
+    copy of every weight."""
+    if world.size == 1 and isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(not is_kept)
 
 
 def _axis_to_divide(weight: Tensor, num_ranks: int) -> Shard:

@@ -45,6 +45,7 @@ from minimax_m1.training.parallel import (
     context_part,
     gradient_squares,
     init_world,
+    keep_weights,
     load_weights,
     materialize,
     norms_by_layer,
@@ -180,6 +181,7 @@ def train_step(
         raise UserError("mixture: a whole step has no token that the loss falls on; accepted: data with some")
 
     sums, loads = torch.zeros(4, dtype=torch.float64, device=world.device), torch.zeros((), device=world.device)
+    keep_weights(model, world, True)
     for part in parts:
         losses = packed_losses(model, part, settings.z_loss, world)
         balance = losses.balance / settings.batches_per_step
@@ -187,6 +189,7 @@ def train_step(
         values = losses.cross_entropy, losses.squares, losses.hits
         sums += torch.stack([*values, balance.detach() * num_targets / world.num_context_ranks])
         loads = loads + losses.expert_counts
+    keep_weights(model, world, False)
     # The one place where the host waits for the device.
     results = sums, loads.double().flatten(), gradient_squares(model)
     totals = sum_over_ranks(torch.cat(results), world).cpu().split([len(part) for part in results])
