@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from minimax_m1.kernels.linear import float32_product, parts_of
 
 CHUNK_BYTES = 2 << 30  # of logits that exist at a time: for a vocabulary of 200,000, products of 2,560 tokens
+NUMBERS = ["targets", "highest", "total", "shifted", "picked", "factors", "of_targets"]  # a row's: read one by one
 BLOCK = 4096  # logits of a row that a program has at a time: 16 in each of 256 threads
 
 
@@ -160,7 +161,7 @@ class _Softmax:
         return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def _reduce_kernel(
     logits,
     targets,
@@ -195,7 +196,7 @@ def _reduce_kernel(
     tl.store(picked + row, tl.load(logits + row * size + tl.load(targets + row)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def _gradient_kernel(logits, targets, highest, factors, of_targets, grad, size, BLOCK: tl.constexpr):
     """Make BLOCK numbers of one row."""
     row = tl.program_id(0).to(tl.int64)

@@ -18,15 +18,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minimax_m1.kernels.experts_triton import (
     GROUP,
+    VARYING,
     add_up,
     down_product,
     find_tile,
     route_triton,
     row_tiles,
     sort_rows,
+    stages_of_large_tiles,
     swizzle,
     up_product,
 )
@@ -45,6 +48,7 @@ class ExpertMLP(torch.autograd.Function):
         return add_up(y, expert_weights, expert_ids.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, w13, w2, expert_weights, order, offsets, h = ctx.saved_tensors
         needs_x, needs_w13, needs_w2, _, needs_weights = ctx.needs_input_grad
@@ -76,6 +80,7 @@ class Route(torch.autograd.Function):
         return probs, expert_ids, weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_probs: Tensor, _: Tensor, grad_weights: Tensor) -> tuple[Tensor, None]:
         probs, expert_ids = ctx.saved_tensors
         return route_grad(probs, expert_ids, grad_probs, grad_weights), None
@@ -104,7 +109,7 @@ def activation_grads(
     """
     num_experts, hidden, width = w2.shape
     pairs, top_k = h.shape[0], expert_weights.shape[1]
-    sizes = _tile_sizes(h.dtype, hidden, width)
+    sizes = _tile_sizes(h, hidden, width)
     sizes["num_warps"] *= 2  # half the registers: the other half is for what follows the product
     tiles, column_tiles = row_tiles(pairs, num_experts, sizes["BLOCK_M"]), triton.cdiv(width, sizes["BLOCK_N"])
     grad_h = torch.empty_like(h) if keep_h else None
@@ -132,7 +137,7 @@ def activation_grads(
     return grad_h, weighted_a, partial.sum(0).view_as(expert_weights).to(expert_weights.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _activation_grads_kernel(
     grad_y,
     w2,
@@ -219,7 +224,7 @@ def row_grads(grad_h: Tensor, w13: Tensor, order: Tensor, offsets: Tensor) -> Te
     """
     num_experts, inner, hidden = w13.shape
     pairs = grad_h.shape[0]
-    sizes = _tile_sizes(grad_h.dtype, inner, hidden)
+    sizes = _tile_sizes(grad_h, inner, hidden)
     tiles = row_tiles(pairs, num_experts, sizes["BLOCK_M"])
     out = grad_h.new_empty(pairs, hidden)
     _row_grads_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
@@ -238,7 +243,7 @@ def row_grads(grad_h: Tensor, w13: Tensor, order: Tensor, offsets: Tensor) -> Te
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _row_grads_kernel(
     grad_h,
     w13,
@@ -299,7 +304,7 @@ def weight_grads(
     K pairs share.
     """
     num_experts, size_m, size_n = out.shape
-    sizes = _tile_sizes(left.dtype, size_m, size_n)
+    sizes = _tile_sizes(left, size_m, size_n)
     sizes["num_stages"] += 1  # the first is that of `order`
     tiles, column_tiles = triton.cdiv(size_m, sizes["BLOCK_M"]), triton.cdiv(size_n, sizes["BLOCK_N"])
     _weight_grads_kernel[(num_experts * tiles * column_tiles,)](
@@ -388,7 +393,7 @@ def route_grad(probs: Tensor, expert_ids: Tensor, grad_probs: Tensor, grad_weigh
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _route_grad_kernel(
     probs,
     expert_ids,
@@ -430,14 +435,20 @@ def _like(w: Tensor, x: Tensor) -> Tensor:
     return w.to(x.dtype).contiguous()
 
 
-def _tile_sizes(dtype: torch.dtype, *lengths: int) -> dict[str, int]:
-    """Return the constants of a product of many rows of matrices whose rows have these lengths.
+def _tile_sizes(x: Tensor, *lengths: int) -> dict[str, int]:
+    """Return the constants of a product of many rows like x of matrices whose rows have these lengths.
 
     float32 takes three products of TF32, and rows of lengths that 16 does not divide many small loads: smaller tiles.
     """
-    if dtype == torch.float32 or any(length % 16 for length in lengths):
+    if x.dtype == torch.float32 or any(length % 16 for length in lengths):
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    return {
+        "BLOCK_M": 128,
+        "BLOCK_N": 256,
+        "BLOCK_K": 64,
+        "num_warps": 8,
+        "num_stages": stages_of_large_tiles(x.device),
+    }
 
 
 def _constants(num_experts: int, size_in: int, size_out: int, sizes: dict[str, int]) -> dict[str, int]:

@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimax_m1.kernels.gpu import shared_memory
 from minimax_m1.kernels.quantized import GPU_TILE, QuantizedWeight
 from minimax_m1.kernels.quantized_triton import accumulate, words_and_scales
 
 SORT_ALONE = 1024  # pairs that one program sorts faster than three launches do
+VARYING = ["tokens", "pairs", "blocks", "row_tiles"]  # differ from call to call: no new compilation for a 1 or a 16
 GROUP = 16  # row tiles that run next to each other: 16 by 8 tiles of a wave read as little as possible into the L2
 
 
@@ -50,7 +52,7 @@ def route_triton(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     return probs, expert_ids, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _route_kernel(
     logits,
     probs,
@@ -144,7 +146,7 @@ def _place(order, pair, one_hot, base, pairs):
     tl.store(order + row, pair, mask=pair < pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _sort_kernel(
     ids,
     weights,
@@ -170,7 +172,7 @@ def _sort_kernel(
         base += tl.sum(one_hot, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _count_kernel(
     ids, weights, counts, pairs, num_experts, WEIGHTED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -180,7 +182,7 @@ def _count_kernel(
     tl.store(counts + block * BLOCK_E + tl.arange(0, BLOCK_E), tl.sum(one_hot, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix_kernel(counts, offsets, blocks, num_experts, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
     """Replace the blocks' counts by the rows where their pairs begin, in one program."""
     e = tl.arange(0, BLOCK_E)
@@ -199,7 +201,7 @@ def _prefix_kernel(counts, offsets, blocks, num_experts, BLOCK_E: tl.constexpr, 
         base += tl.sum(part, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _place_kernel(
     ids, weights, bases, order, pairs, num_experts, WEIGHTED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -214,24 +216,35 @@ def row_tiles(pairs: int, num_experts: int, block_m: int) -> int:
     return (pairs + min(num_experts, pairs) * (block_m - 1)) // block_m
 
 
-def tile_sizes(pairs: int, num_experts: int, dtype: torch.dtype, bits: int = 16) -> dict[str, int]:
-    """Return the constants of a grouped product, by the dtype of x and the bits of a weight (16: floats of any).
+def tile_sizes(pairs: int, num_experts: int, x: Tensor, bits: int = 16) -> dict[str, int]:
+    """Return the constants of a grouped product, for rows like x and the bits of a weight (16: floats of any).
 
     A tile has the rows that an expert gets on average, with room for more, so that nearly every weight is read once;
-    few rows leave shared memory to more weights under way, which is what their time is made of.
+    few rows leave shared memory to more weights under way, which is what their time is made of. Rows of lengths that 8
+    does not divide are read by many small loads, whose addresses take registers: small tiles.
     """
     rows = pairs / num_experts
     few = 16 if rows <= 4 else 32 if rows <= 12 else 64 if rows <= 40 else None
-    if dtype == torch.float32:  # three products of TF32 an element, so twice the registers
+    if x.dtype == torch.float32:  # three products of TF32 an element, so twice the registers
         block_n, block_k, warps, stages = 64, 32 * 16 // bits, 4, 3
         few = 16 if bits < 16 else min(few or 64, 64)
+    elif bits == 16 and x.shape[1] % 8:
+        few, block_n, block_k, warps, stages = min(few or 64, 64), 64, 32, 4, 3
     elif bits < 16:
         block_n, block_k = 64 if few else 128, (1024 if few in (16, 32) else 512) // bits
         warps, stages = (4, 4) if few else (8, 3)
     else:
-        block_n, block_k, warps, stages = (128, 64, 4, 4) if few else (256, 64, 8, 4)
+        block_n, block_k, warps, stages = (128, 64, 4, 4) if few else (256, 64, 8, stages_of_large_tiles(x.device))
     sizes = {"BLOCK_M": few or 128, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return {**sizes, "num_warps": warps, "num_stages": stages}
+
+
+def stages_of_large_tiles(device: torch.device) -> int:
+    """Return how many stages of loads tiles of 256 by 64 and 128 by 64, of 16 bits, may have on a GPU.
+
+    One takes 48 KiB. Before Hopper there are as many in memory as stages but one.
+    """
+    return 4 if shared_memory(device) >= 160 << 10 else 3
 
 
 def up_product(
@@ -247,7 +260,7 @@ def up_product(
     x = _rows_contiguous(x)
     a = x.new_empty(pairs, width)
     h = x.new_empty(pairs, 2 * width) if keep else None
-    sizes = tile_sizes(pairs, weight.experts, x.dtype, weight.bits)
+    sizes = tile_sizes(pairs, weight.experts, x, weight.bits)
     tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
     _up_kernel[(tiles * triton.cdiv(width, sizes["BLOCK_N"] // 2),)](
         x,
@@ -285,7 +298,7 @@ def down_product(a: Tensor, w2: Tensor | QuantizedWeight, order: Tensor, offsets
     pairs, hidden = order.shape[0], weight.rows
     a = _rows_contiguous(a)
     y = a.new_empty(pairs, hidden)
-    sizes = tile_sizes(pairs, weight.experts, a.dtype, weight.bits)
+    sizes = tile_sizes(pairs, weight.experts, a, weight.bits)
     tiles = row_tiles(pairs, weight.experts, sizes["BLOCK_M"])
     _down_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         a,
@@ -396,14 +409,17 @@ def _product(
         k = tl.arange(0, BLOCK_K)
         for first in range(0, size_in, BLOCK_K):
             column = first + k
-            left = tl.load(w + column[None, :], mask=None if EVEN_K else (column < size_in)[None, :])
-            right = tl.load(x + column[:, None], mask=None if EVEN_K else (column < size_in)[:, None])
+            if EVEN_K:
+                left, right = tl.load(w + column[None, :]), tl.load(x + column[:, None])
+            else:  # both zero behind the last column: what a mask leaves open may be NaN on a GPU
+                left = tl.load(w + column[None, :], mask=(column < size_in)[None, :], other=0.0)
+                right = tl.load(x + column[:, None], mask=(column < size_in)[:, None], other=0.0)
             # tf32x3: of float32; for others it says nothing
             out = tl.dot(left.to(right.dtype), right, out, input_precision="tf32x3")
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _up_kernel(
     x,
     w13,
@@ -458,7 +474,7 @@ def _up_kernel(
             tl.store(h + width + places, up.to(h.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _down_kernel(
     a,
     w2,
