@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TOKENS = 4
 HEADS = 8  # so many heads' rows use the angles of a token that have been loaded
@@ -29,6 +30,7 @@ class _Rotate(torch.autograd.Function):
         return _turned(x, cos, sin, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turned(dy, cos, sin, back=True), None, None
