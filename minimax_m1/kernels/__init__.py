@@ -36,7 +36,7 @@ def choose(backend: str | None, x: Tensor) -> str:
     """
     if backend is None:
         if x.is_cuda:
-            return "triton" if has_triton() and x.dtype in TRITON_DTYPES else "torch"
+            return "triton" if has_triton() and x.dtype in TRITON_DTYPES and _is_fit(x.device) else "torch"
         return "torch" if compiled.library is None else "compiled"
     if backend not in BACKENDS:
         raise UserError(f"backend: {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
@@ -53,6 +53,12 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def _is_fit(device: torch.device) -> bool:
+    """Say whether our kernels run on this GPU: they want NVIDIA's instructions, and bfloat16 in its tensor cores."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _check_triton(x: Tensor) -> None:
     if not has_triton():
         raise UserError("backend: 'triton' is not installed here (pip install triton); use torch")
@@ -60,3 +66,5 @@ def _check_triton(x: Tensor) -> None:
         raise UserError(f"backend: 'triton' does not take {x.dtype}; accepted: bfloat16, float16, float32; use torch")
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("backend: 'triton' needs a GPU, and the tensors are on a CPU; use compiled or torch")
+    if x.is_cuda and not _is_fit(x.device):
+        raise UserError("backend: 'triton' needs an NVIDIA GPU of compute capability 8.0 or above; use torch")
