@@ -71,7 +71,7 @@ class Evaluation:
             return
         prompts = [prompt_ids(self.tokenizer, prompt) for prompt in self.settings.sample_prompts]
         params = SamplingParams(temperature=0.0, max_new_tokens=self.settings.sample_tokens)
-        outputs = generate_batch(model, prompts, params, tokenizer=self.tokenizer)
+        outputs = generate_batch(model, prompts, params, tokenizer=self.tokenizer, backend=self.settings.backend)
         with (self.settings.output / "samples.jsonl").open("a", encoding="utf-8") as file:
             for prompt, ids in zip(self.settings.sample_prompts, outputs, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -101,6 +101,7 @@ def solved(model: MiniMaxM1ForCausalLM, batch: PackedBatch) -> float:
     hidden, _ = model.forward_packed(batch.input_ids, batch.layout)
     wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
     learned = batch.targets != IGNORED
-    wrong[learned] = model.compute_logits(hidden[learned]).argmax(-1) != batch.targets[learned]
+    logits = model.compute_logits(hidden[learned], batch.layout.backend)
+    wrong[learned] = logits.argmax(-1) != batch.targets[learned]
     parts = wrong.split(batch.layout.seqlens)
     return sum(not part.any() for part in parts) / len(parts)
