@@ -15,6 +15,7 @@ TORCH_INDEX_URL ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PACKAGE := pyproject.toml setup.py $(wildcard minimax_m1/kernels/csrc/*)
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # Two cores run two test processes; more threads than cores make each other slow.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -54,13 +55,15 @@ clean:
 	$(PIP) install -c constraints.txt $(TORCH_INDEX) torch
 	@touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py $(wildcard minimax_m1/kernels/csrc/*)
+.venv/installed: .venv/torch $(PACKAGE)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
-	$(PIP) install -c constraints.txt -e ".[dev]"
-	@touch $@
+# The package and what its tests need at once, or its kernels would be compiled twice; of the 20,000 Python files of
+# what they need most are never imported, and Python compiles those that are.
+.venv/installed-dev: .venv/torch $(PACKAGE)
+	$(PIP) install --no-compile -c constraints.txt -e ".[dev]"
+	@touch .venv/installed $@
 
 # OpenAI's client for Node, which one test drives; without npm that test skips.
 .venv/installed-node: tests/server/node/package-lock.json | .venv/bin/python
