@@ -139,7 +139,8 @@ def test_why_an_answer_ended(client: anthropic.Anthropic) -> None:
     assert "is" not in stopped.content[0].text
     cut = ask(client, max_tokens=5)
     assert (cut.stop_reason, cut.content, cut.usage.output_tokens) == ("max_tokens", [], 5)
-    full = ask(client, max_tokens=20_000, extra=ENDLESS)
+    long = {"role": "user", "content": "7" * 3800}  # a token each, so that few are left to be written
+    full = ask(client, long, max_tokens=20_000, extra=ENDLESS)
     assert full.stop_reason == "model_context_window_exceeded"
     assert num_input(full) + full.usage.output_tokens == 4096
 
