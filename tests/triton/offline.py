@@ -3,8 +3,8 @@
     python tests/triton/offline.py lightning decode    the cases of cases/lightning.py whose names contain "decode"
 
 A case is a function `case_…` in cases/, which runs an operation with backend="triton" on tensors of the meta device, at
-any size. Every launch is compiled, as it would be on an H200, and nothing runs: a case shows that the compiler takes the
-kernel, what it needs of a multiprocessor, and that the host asks for no value on its way (it would have to wait).
+any size. Every launch is compiled, as it would be on an H200, and nothing runs: a case shows that the compiler takes
+the kernel, what it needs of a multiprocessor, and that the host asks for no value on its way (it would have to wait).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cases"
@@ -72,6 +73,7 @@ def _intercept() -> list:
     return launched
 
 
+@cache  # cases share launches
 def _needs(compiled) -> dict:
     """Return what a compiled kernel takes: registers a thread, bytes on the stack (spilled), shared memory, MMAs."""
     import triton

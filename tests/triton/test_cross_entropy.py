@@ -53,8 +53,7 @@ def assert_gradients_near(tensors, wide):
         assert_near(tensor.grad, expected.grad, 1e-5 if tensors[0].dtype == tensor.dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize(("dtypes", "chunk"), zip(DTYPES, (3, 3, None, None), strict=True))
 def test_cross_entropy(dtypes, chunk):
     hidden, weight, targets = inputs(*dtypes)
     results = linear_cross_entropy(hidden, weight, targets, Z_LOSS, chunk, backend="triton")
@@ -70,8 +69,7 @@ def test_cross_entropy(dtypes, chunk):
     assert_gradients_near((hidden, weight), wide)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize(("dtypes", "chunk"), zip(DTYPES, (None, None, 3, 3), strict=True))
 def test_logprobs(dtypes, chunk):
     hidden, weight, targets = inputs(*dtypes, scale=0.3)
     logprobs, entropy = linear_logprobs(hidden, weight, targets, chunk, backend="triton")

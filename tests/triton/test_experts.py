@@ -70,7 +70,7 @@ def test_route_of_numbers_that_do_not_exist_chooses_experts_that_do():
     assert ((ids >= 0) & (ids < 5)).all()
 
 
-@pytest.mark.parametrize("pairs", [(1, 1), (1, 2), (64, 2), (65, 3), (600, 2)])
+@pytest.mark.parametrize("pairs", [(1, 2), (65, 3), (600, 2)])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_sort_rows(pairs, weighted):
     num_experts = 7
@@ -84,18 +84,20 @@ def test_sort_rows(pairs, weighted):
 @pytest.mark.parametrize(
     ("tokens", "group_size", "dtype"),
     [
-        *((tokens, "float", dtype) for tokens in (1, 2, 63) for dtype in ERROR),
-        *((1, group_size, torch.bfloat16) for group_size in (None, 32, 64)),
-        (9, None, torch.float32),
-        (9, 32, torch.float16),
-        (9, 64, torch.float32),
-        (129, None, torch.bfloat16),
-        (257, "float", torch.bfloat16),
+        *((1, "float", dtype) for dtype in ERROR),
+        *((9, "float", dtype) for dtype in ERROR),
+        (1, None, torch.bfloat16),
+        (2, 32, torch.bfloat16),
+        (2, None, torch.float32),
+        (2, 64, torch.float16),
+        pytest.param(2, 32, torch.float32, marks=pytest.mark.slow),
+        pytest.param(65, None, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(257, "float", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_experts(tokens, group_size, dtype):
     """Sizes that divide nothing; few pairs are gathered, more are sorted."""
-    num_experts, hidden, width = 8, 70, 37
+    num_experts, hidden, width = 8 if tokens == 1 else 3, 70, 37
     x = draw(tokens, 2 * hidden, dtype=dtype)[:, :hidden]  # rows of a wider tensor
     ids, weights = draw_choice(tokens, 2, num_experts)
     if group_size == "float":
@@ -114,7 +116,7 @@ def test_experts(tokens, group_size, dtype):
 @pytest.mark.parametrize("group_size", ["float", None, 128])
 def test_sizes_that_are_whole_tiles(group_size):
     num_experts, hidden, width = 4, 256, 128
-    x, (ids, weights) = draw(6, hidden, dtype=torch.bfloat16), draw_choice(6, 2, num_experts)
+    x, (ids, weights) = draw(2, hidden, dtype=torch.bfloat16), draw_choice(2, 2, num_experts)
     if group_size == "float":  # weights in another dtype than x
         w13 = draw(num_experts, 2 * width, hidden, scale=0.1)
         w2 = draw(num_experts, hidden, width, scale=0.1)
@@ -129,10 +131,10 @@ def test_sizes_that_are_whole_tiles(group_size):
 
 def test_many_rows_of_one_expert():
     """All tokens through two experts of many: more tiles of an expert than it has on average, and none of others."""
-    x = draw(100, 64, dtype=torch.bfloat16)
+    x = draw(33, 64, dtype=torch.bfloat16)
     w13, w2 = draw(16, 96, 64, dtype=torch.bfloat16, scale=0.2), draw(16, 64, 48, dtype=torch.bfloat16, scale=0.2)
-    ids = torch.tensor([3, 15], device=DEVICE).expand(100, 2)
-    weights = draw(100, 2)
+    ids = torch.tensor([3, 15], device=DEVICE).expand(33, 2)
+    weights = draw(33, 2)
     y = expert_mlp(x, w13, w2, ids, weights, backend="triton")
     expected = expert_mlp(*(t.double() for t in (x, w13, w2)), ids, weights.double(), backend="reference")
     assert error(y, expected) < 1e-2

@@ -12,7 +12,6 @@ from minimax_m1.kernels.quantized import GPU_TILE, QuantizedWeight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-GROUP_SIZES = [None, 32, 64, 128]  # None: 8 bits
 
 
 @pytest.fixture(autouse=True)
@@ -47,29 +46,43 @@ def check(actual: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight) -> Non
     assert float((actual.double() - expected).norm() / expected.norm()) < TOLERANCES[x.dtype]
 
 
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    ("rows", "size_out", "size_in"), [(1, 3, 2), (2, 75, 45), (5, 64, 256), (17, 70, 129), (63, 33, 200), (65, 130, 96)]
+    ("rows", "size_out", "size_in", "dtype", "group_size"),  # no group size: 8 bits
+    [
+        (1, 3, 2, torch.bfloat16, None),
+        (1, 3, 2, torch.float32, 32),
+        (2, 75, 45, torch.float16, None),
+        (2, 75, 45, torch.bfloat16, 32),
+        (5, 64, 256, torch.float32, None),
+        (5, 64, 256, torch.bfloat16, 128),
+        (17, 70, 129, torch.bfloat16, None),
+        (17, 70, 129, torch.float16, 64),
+        (17, 70, 129, torch.float32, 128),
+        (65, 130, 96, torch.bfloat16, 64),
+        (65, 33, 200, torch.float16, 32),
+        (65, 33, 200, torch.bfloat16, None),
+    ],
 )
 def test_product(rows: int, size_out: int, size_in: int, dtype: torch.dtype, group_size: int | None) -> None:
     weight, x = random_weight(size_out, size_in, group_size=group_size), random_rows(rows, size_in, dtype)
     check(linear(x, weight, "triton"), x, weight)
 
 
-@pytest.mark.parametrize("group_size", [None, 32])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [(torch.bfloat16, None), (torch.bfloat16, 32), (torch.float32, None), (torch.float16, 32)]
+)
 def test_programs_share_the_columns(dtype: torch.dtype, group_size: int | None) -> None:
-    weight, x = random_weight(40, 3000, group_size=group_size), random_rows(3, 3000, dtype)
+    weight, x = random_weight(20, 1100, group_size=group_size), random_rows(3, 1100, dtype)
     actual = linear(x, weight, "triton")
     check(actual, x, weight)
     assert torch.equal(linear(x, weight, "triton"), actual)
 
 
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [(torch.bfloat16, None), (torch.float16, 32), (torch.float32, 64), (torch.bfloat16, 128)]
+)
 def test_many_rows(dtype: torch.dtype, group_size: int | None) -> None:
-    weight, x = random_weight(9, 2100, group_size=group_size), random_rows(600, 2100, dtype)
+    weight, x = random_weight(9, 600, group_size=group_size), random_rows(600, 600, dtype)
     assert torch.equal(quantized_triton.dequantize_triton(weight, dtype), weight.dequantize(dtype))
     check(linear(x, weight, "triton"), x, weight)
 

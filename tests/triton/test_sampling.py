@@ -79,7 +79,7 @@ CUTS = [
 
 @pytest.mark.parametrize(
     ("vocab_size", "spread", "cuts"),
-    [(5, 3.0, CUTS), (BLOCK, 20.0, CUTS[::3]), (BLOCK + 77, 3.0, CUTS[1::2]), (BLOCK + 77, 0.02, CUTS[7:14:6])],
+    [(5, 3.0, CUTS[::2]), (BLOCK, 20.0, CUTS[3::6]), (BLOCK + 77, 3.0, CUTS[1::2]), (BLOCK + 77, 0.02, CUTS[7:14:6])],
 )
 def test_draws_are_those_of_numpy(vocab_size, spread, cuts):
     """From a certain token to hardly any difference, where whole blocks are left."""
@@ -91,9 +91,9 @@ def test_draws_are_those_of_numpy(vocab_size, spread, cuts):
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.9}, {"temperature": 0.0}])
 def test_ties_stay_together(cut):
     """Many equal logits: greedy takes the first id, and a cut leaves all that are as probable as its last."""
-    logits = torch.randint(-2, 2, (8, 300), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    logits = torch.randint(-2, 2, (3, 300), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
     logits[:, ::7] = -torch.inf
-    rows = [row_of(SamplingParams(**cut, logprobs=20), seed, 300) for seed in range(8)]
+    rows = [row_of(SamplingParams(**cut, logprobs=20), seed, 300) for seed in range(3)]
     assert len({choice.token for choice in check_equal(logits, rows)}) > 1
 
 
@@ -157,18 +157,18 @@ def test_masked_rows():
 
 
 def test_a_row_chooses_the_same_in_any_company():
-    logits = random_logits(4, 700)
-    params = [SamplingParams(**cut, logprobs=3) for cut in CUTS[1:16:4]]
+    logits = random_logits(2, 700)
+    params = [SamplingParams(**cut, logprobs=3) for cut in CUTS[2:14:11]]
     rows = [row_of(p, seed, 700) for seed, p in enumerate(params)]
     together = choose_tokens(logits, rows, None, "triton")
-    assert [choose_tokens(logits[i : i + 1], rows[i : i + 1], None, "triton")[0] for i in range(4)] == together
+    assert [choose_tokens(logits[i : i + 1], rows[i : i + 1], None, "triton")[0] for i in range(2)] == together
     strided = torch.cat((logits, logits), dim=1)[:, :700]
     assert choose_tokens(strided, rows, None, "triton") == together
 
 
 def test_draws_follow_the_distribution():
     """Evenly spaced quantiles: each id comes as often as its probability says, to less than one draw at either end."""
-    vocab_size, n = 20, 40
+    vocab_size, n = 10, 20
     row = random_logits(1, vocab_size, 1.0)
     asked = np.zeros(n, dtype=ASKED)
     asked["temperature"], asked["top_p"], asked["forced"], asked["adjusted"], asked["num_best"] = 1, 1, -1, -1, -1

@@ -40,12 +40,8 @@ def case_train_32k():
     train(32 << 10)
 
 
-def case_train_window():
-    train(8 << 10, window=4096)
-
-
-def case_train_float32():
-    train(2048, heads=6, groups=2, head_dim=64, dtype=torch.float32)
+def case_train_window_of_float32():
+    train(2048, heads=6, groups=2, head_dim=64, dtype=torch.float32, window=1000)
 
 
 def case_prefill_8k_behind_1m():
@@ -56,11 +52,7 @@ def case_prefill_float32_odd():
     serve(3, 50, decodes=False, heads=6, groups=2, head_dim=24, dtype=torch.float32)
 
 
-def case_decode_1():
-    serve(1, 1, decodes=True)
-
-
-def case_decode_64():
+def case_decode():
     serve(64, 1, decodes=True)
 
 

@@ -1,4 +1,4 @@
-"""Training of the experts at M1's size, at that of a small model, at sizes that no tile divides, and in float32."""
+"""Training of the experts at M1's size, at sizes that no tile divides, and in float32."""
 
 import torch
 
@@ -20,13 +20,9 @@ def case_m1():
     train(32768, 6144, 9216, 32, 2)
 
 
-def case_small_model():
-    train(32768, 1024, 2048, 16, 2)
-
-
 def case_no_tile_divides():
-    train(300, 1008, 368, 5, 3)
+    train(32768, 1008, 368, 32, 2)
 
 
 def case_float32():
-    train(4096, 1024, 1024, 16, 2, torch.float32)
+    train(32768, 1024, 1024, 32, 2, torch.float32)
