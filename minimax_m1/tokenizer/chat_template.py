@@ -263,10 +263,7 @@ class SpecialTokenGuard:
 
     def __init__(self, special_tokens: Iterable[str], guarded: Any):
         """Choose a sentinel that occurs nowhere in `guarded` (nested lists and dicts of strings)."""
-        tokens = sorted(special_tokens, key=len, reverse=True)
-        self._longest = max(map(len, tokens), default=0)
-        self._prefixes = {token[:size] for token in tokens for size in range(1, len(token))}
-        self._lookalike = re.compile("(?=" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
+        self._first, self._longest, self._prefixes, self._lookalike = _lookalikes(tuple(special_tokens))
         text = json.dumps(guarded, ensure_ascii=False, default=str)
         # U+FDD0 is a Unicode noncharacter: it exists for such private uses.
         self.sentinel = "\ufdd0"
@@ -284,12 +281,21 @@ class SpecialTokenGuard:
         return value
 
     def _mark_text(self, text: str) -> str:
-        if self._lookalike is None:
+        if self._first.isdisjoint(text):  # most texts: no special token begins in it
             return text
         starts = {match.start() for match in self._lookalike.finditer(text)}
         starts |= {len(text) - n for n in range(1, min(self._longest, len(text)) + 1) if text[-n:] in self._prefixes}
         cuts = [0, *(start + 1 for start in sorted(starts)), len(text)]
         return self.sentinel.join(text[begin:end] for begin, end in itertools.pairwise(cuts))
+
+
+@functools.lru_cache(8)
+def _lookalikes(special_tokens: tuple[str, ...]) -> tuple[frozenset[str], int, frozenset[str], re.Pattern[str]]:
+    """Return what special tokens begin with, the longest one's length, their beginnings, and where they stand."""
+    tokens = sorted(special_tokens, key=len, reverse=True)
+    prefixes = frozenset(token[:size] for token in tokens for size in range(1, len(token)))
+    lookalike = re.compile("(?=" + "|".join(map(re.escape, tokens)) + ")")
+    return frozenset(token[0] for token in tokens), max(map(len, tokens), default=0), prefixes, lookalike
 
 
 def _shown(value: Any) -> str:

@@ -449,7 +449,7 @@ class MiniMaxM1Tokenizer:
         for index, piece in enumerate(self._special_pattern.split(text)):
             if index % 2:
                 ids.append(self.added_tokens[piece])
-            else:
+            elif piece:
                 ids += self.encode(piece.replace(guard.sentinel, ""), allow_special=False)
         return ids if return_tensors is None else self._batch([ids], False, "right", return_tensors)
 

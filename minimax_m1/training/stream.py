@@ -231,7 +231,8 @@ class SampleStream:
             return
         source.window = self.window
         pieces, notes = self._read(source, source.next_record, source.window)
-        self.notes.update(notes)
+        if notes:
+            self.notes.update(notes)
         if pieces:
             source.pieces, source.unusable = pieces, 0
             return
