@@ -32,7 +32,7 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-def make_inputs(tokens, top_k, dtype, hidden=36, width=22, num_experts=5, choice=None, weight_dtype=None):
+def make_inputs(tokens, top_k, dtype, hidden=36, width=22, num_experts=3, choice=None, weight_dtype=None):
     """Return x, w13, w2, expert weights, ids; `choice` are the experts that tokens may go to."""
     generator = torch.Generator().manual_seed(tokens + top_k)
     x = torch.randn(tokens, hidden, generator=generator)
@@ -74,36 +74,36 @@ def error(actual, expected):
     return float((actual.double() - expected).detach().norm()) / (scale or 1.0)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 257])
-def test_gradients_of_a_few_tokens_and_of_many(tokens):
-    compare(*make_inputs(tokens, 1, torch.bfloat16, num_experts=2), torch.bfloat16)
+@pytest.mark.parametrize("tokens", [1, 64, 65, pytest.param(257, marks=pytest.mark.slow)])
+def test_gradients_of_a_tile_of_rows_and_one_more(tokens):
+    compare(*make_inputs(tokens, 1, torch.bfloat16, num_experts=2, choice=(1,)), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("dtype", "top_k"), [(torch.bfloat16, 3), (torch.float16, 2), (torch.float32, 2)])
 def test_gradients_of_every_dtype(dtype, top_k):
-    compare(*make_inputs(20, top_k, dtype), dtype)
+    compare(*make_inputs(9, top_k, dtype), dtype)
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(256, 256), (80, 272)])
+@pytest.mark.parametrize(("hidden", "width"), [pytest.param(256, 256, marks=pytest.mark.slow), (80, 272)])
 def test_gradients_in_large_tiles(hidden, width):
-    inputs = make_inputs(20, 2, torch.bfloat16, hidden=hidden, width=width, num_experts=2)
+    inputs = make_inputs(5, 1, torch.bfloat16, hidden=hidden, width=width, num_experts=2)
     compare(*inputs, torch.bfloat16)
 
 
-@pytest.mark.parametrize("choice", [(0,), (4,), (1, 3)])
+@pytest.mark.parametrize("choice", [(0,), (1, 3)])
 def test_an_expert_without_rows_has_gradients_of_zero(choice):
-    tensors, ids = make_inputs(20, 1, torch.bfloat16, choice=choice)
+    tensors, ids = make_inputs(5, 1, torch.bfloat16, num_experts=5, choice=choice)
     _, grad_w13, grad_w2, _ = compare(tensors, ids, torch.bfloat16)
     for e in {0, 1, 2, 3, 4} - set(choice):
         assert not grad_w13[e].any() and not grad_w2[e].any()
 
 
-@pytest.mark.parametrize("trained", [("x",), ("w13",), ("w2",), ("expert_weights",), ("x", "expert_weights")])
+@pytest.mark.parametrize("trained", [("w13",), ("w2",), ("expert_weights",), ("x", "expert_weights")])
 def test_what_is_frozen_is_spared(trained, monkeypatch):
     """Each gradient alone is what it is among the others, and no product is taken for what nobody asked for."""
     from minimax_m1.kernels import experts_backward_triton as module
 
-    tensors, ids = make_inputs(9, 2, torch.bfloat16)
+    tensors, ids = make_inputs(2, 2, torch.bfloat16)
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in trained)
     calls = []
@@ -122,12 +122,12 @@ def test_what_is_frozen_is_spared(trained, monkeypatch):
 
 
 def test_weights_of_another_dtype_get_gradients_of_their_own():
-    compare(*make_inputs(9, 2, torch.bfloat16, weight_dtype=torch.float32), torch.bfloat16)
+    compare(*make_inputs(2, 2, torch.bfloat16, weight_dtype=torch.float32), torch.bfloat16)
 
 
 def test_inputs_of_any_strides():
-    (x, w13, w2, weights), ids = make_inputs(9, 2, torch.bfloat16)
-    wide = torch.randn(9, 72).to(DEVICE, torch.bfloat16)
+    (x, w13, w2, weights), ids = make_inputs(3, 2, torch.bfloat16)
+    wide = torch.randn(3, 72).to(DEVICE, torch.bfloat16)
     columns = [t.detach().mT.contiguous().mT.requires_grad_() for t in (w13, w2, weights)]
     ids = ids.T.contiguous().T
     compare([wide[:, ::2].requires_grad_(), *columns], ids, torch.bfloat16)
@@ -137,8 +137,8 @@ def test_inputs_of_any_strides():
 
 
 def test_the_same_inputs_give_the_same_bits():
-    tensors, ids = make_inputs(40, 2, torch.bfloat16, num_experts=2)
-    grad_y = torch.randn(40, 36).to(DEVICE)
+    tensors, ids = make_inputs(9, 2, torch.bfloat16, num_experts=2)
+    grad_y = torch.randn(9, 36).to(DEVICE)
     (y, first), (again, second) = (gradients(ExpertMLP.apply, tensors, ids, grad_y) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip((y, *first), (again, *second), strict=True))
 
@@ -178,8 +178,8 @@ def test_choices_are_counted_without_asking_for_a_value():
 
 def test_experts_on_ranks_run_with_these_kernels():
     """One rank here: every row goes to itself, with one choice, and the weights act behind the exchange."""
-    tensors, ids = make_inputs(9, 2, torch.float32)
-    grad_y = torch.randn(9, 36).to(DEVICE)
+    tensors, ids = make_inputs(3, 2, torch.float32)
+    grad_y = torch.randn(3, 36).to(DEVICE)
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         y, grads = gradients(
