@@ -160,7 +160,7 @@ def whole_numbers(words, i: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constex
     return numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # rows differ from call to call: no new compilation
 def _product(
     x, words, scales, out, M, N, K, stride_x, stride_w, groups, columns,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

@@ -1,8 +1,11 @@
 """Experts, matrix products and RMSNorm: every backend against the formula in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from minimax_m1 import kernels
 from minimax_m1.errors import UserError
 from minimax_m1.kernels import choose, compiled
 from minimax_m1.kernels.experts import expert_mlp
@@ -104,6 +107,17 @@ def test_a_named_backend_is_used_or_refused(monkeypatch):
         choose("compiled", x)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match="triton"):  # not installed, or no GPU
+        choose("triton", x)
+
+
+@pytest.mark.parametrize(("capability", "hip"), [((7, 5), None), ((9, 0), "7.2")])
+def test_a_gpu_that_the_kernels_are_not_for_gets_torch_or_is_told(monkeypatch, capability, hip):
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 100 + capability[0]))
+    assert choose(None, x) == "torch"
+    with pytest.raises(UserError, match=r"compute capability 8\.0"):
         choose("triton", x)
 
 
