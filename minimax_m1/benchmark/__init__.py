@@ -38,7 +38,7 @@ def main(settings: BenchSettings) -> None:
         raise UserError(f"only: {unknown[0]!r} is not a case on this machine; choose from {', '.join(accepted)}")
     rival = llama_cpp.find(is_asked_for=llama_cpp.CASE in settings.only) if device.type == "cpu" else None
     peer = _peer_version()
-    machine = measure_machine() if device.type == "cpu" else measure_gpu(device)
+    machine = measure_machine(1 if settings.quick else 5) if device.type == "cpu" else measure_gpu(device)
     about = _about(device, machine, peer, rival)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{'case':38}{'unit':>10}{'ours':>10}{'peer':>10}{'ratio':>8}{'of ceiling':>12}")

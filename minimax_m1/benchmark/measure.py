@@ -33,15 +33,15 @@ class Machine(NamedTuple):
     read_bytes: float  # from memory, per second
 
 
-def measure_machine() -> Machine:
+def measure_machine(rounds: int) -> Machine:
     """Measure the float32 matrix product (the best of three sizes) and reading memory, both with all threads."""
     best = 0.0
     for n in (1024, 2048, 4096):
         a, b = torch.randn(n, n), torch.randn(n, n)
-        seconds = median_seconds(5, [lambda a=a, b=b: a @ b], None)[0]  # type: ignore[misc]
+        seconds = median_seconds(rounds, [lambda a=a, b=b: a @ b], None)[0]  # type: ignore[misc]
         best = max(best, 2 * n**3 / seconds)
     block = torch.ones(2**27)  # 512 MB, beyond any cache
-    return Machine(best, block.numel() * 4 / median_seconds(5, [block.sum], None)[0])
+    return Machine(best, block.numel() * 4 / median_seconds(rounds, [block.sum], None)[0])
 
 
 def median_seconds(rounds: int, functions: list[Callable[[], Any]], has_peer: Any) -> list[float]:
