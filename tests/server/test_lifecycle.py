@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from minimax_m1 import shipped
+from minimax_m1.cli import main
 from tests.server.conftest import PROJECT, Server, running_server
 
 QUESTION = {"messages": [{"role": "user", "content": "What is 384 + 729?"}], "temperature": 0}
@@ -61,14 +62,28 @@ class Stream:
 # -- bad starts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keys", "keys.toml"], "tokens_per_minute"),
+        (["--port", "0", "--model-path", "/nowhere"], "model: there is no folder /nowhere"),
+        (["--usage-db", "."], "usage_db"),
+        (["--max-queue-size", "-1"], "max_queue_size: -1"),
+    ],
+)
+def test_bad_starts(tmp_path: Path, monkeypatch, capsys, flags: list[str], message: str):
+    (tmp_path / "keys.toml").write_text('[[keys]]\nname = "a"\nkey = "sk-1"\ntokens_per_minit = 5\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["minimax-m1", "serve", *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
 @pytest.mark.slow
-def test_bad_starts(tmp_path: Path):
-    keys = tmp_path / "keys.toml"
-    keys.write_text('[[keys]]\nname = "a"\nkey = "sk-1"\ntokens_per_minit = 5\n')
-    assert "tokens_per_minute" in fails_to_start("--keys", str(keys))
-    assert "model: there is no folder /nowhere" in fails_to_start("--port", "0", "--model-path", "/nowhere")
-    assert "usage_db" in fails_to_start("--usage-db", str(tmp_path))
-    assert "max_queue_size: -1" in fails_to_start("--max-queue-size", "-1")
+def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"port: cannot listen on 127.0.0.1:{port}" in fails_to_start("--port", port)[:80]
