@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 here, or torch loads it in every fork when it first takes a step
+
 from minimax_m1.rl.settings import RLSettings
 from minimax_m1.rl.trainer import train_rl
 from minimax_m1.training.checkpoint import list_steps
