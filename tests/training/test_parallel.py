@@ -11,7 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minimax_m1.errors import UserError
 from minimax_m1.model import MiniMaxM1ForCausalLM
+from minimax_m1.training.loss import packed_losses
+from minimax_m1.training.optimizer import build_optimizers
 from minimax_m1.training.parallel import AXES, close_world, context_part, init_world, load_weights, parallelize
+from minimax_m1.training.trainer import train_step
 from tests.ranks import launch
 from tests.training.parallel_worker import CONFIG, LAYOUTS, STORED, make_batch, make_model, make_settings, probe, run
 
@@ -72,6 +75,23 @@ def test_load_weights_into_a_whole_network(tmp_path):
     larger = MiniMaxM1ForCausalLM(CONFIG.replace(num_local_experts=5))
     with pytest.raises(UserError, match=r"experts.4.w1.weight; accepted: \[24, 32\]|gate"):
         load_weights(larger, tmp_path)
+
+
+def test_one_rank_in_bfloat16_shows_its_own_weights_after_a_step_and_after_an_evaluation():
+    settings = make_settings(dtype="bfloat16", batches_per_step=1)
+    world = init_world(settings)
+    try:
+        model = make_model()
+        parallelize(model, world, settings)
+        batch, optimizers = make_batch(0, 0), build_optimizers(model, settings)
+        for _ in range(2):
+            train_step(model, optimizers, [batch], world, settings, 0)
+            assert all(weight.dtype == torch.float32 for weight in model.parameters())
+            with torch.no_grad():
+                packed_losses(model, batch)
+            assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    finally:
+        close_world(world)
 
 
 def test_one_process_in_float32_needs_nobody_else():
