@@ -59,6 +59,9 @@ def lightning_attention(
 
     Returns:
         o [T, H, D] in the dtype of v, and the final states [N, H, D, D] float32 (float64 for float64 inputs).
+
+    Raises:
+        UserError: on a GPU (backend "triton", as in all functions here), head_dim > 256 or q, k, v of several dtypes.
     """
     return _runner(choose(backend, q))(q, k, v, slope, cu_seqlens=cu_seqlens, initial_state=initial_state)
 

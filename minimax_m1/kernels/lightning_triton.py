@@ -165,7 +165,7 @@ def _scan_in_segments(
 def _segment_length(v: Tensor, num_seqs: int) -> int | None:
     """Return the tokens of a segment for about two programs on each multiprocessor; None: no segments.
 
-    Keys and values of segments are read and multiplied twice, which a GPU that is half full can do beside.
+    Segments read and multiply keys and values twice: not worth it where half of the multiprocessors have a program.
     """
     tokens, num_heads, head_dim = v.shape
     most = 2 * num_multiprocessors(v.device) // (num_heads * triton.cdiv(head_dim, _columns(head_dim)))
@@ -205,8 +205,10 @@ def _scan(
     if v.dtype == torch.bfloat16:
         kernel, chunk, columns = _scan_kernel, CHUNK, _columns(head_dim)
         # A multiprocessor has the registers for two programs. A third stage of loads takes the shared memory of one of
-        # them, and beside an initial state it does not fit into registers.
-        warps, stages = (8, 2) if head_dim > 128 else (4, 3 if initial is None else 2)
+        # them: it is for programs that have a multiprocessor to themselves.
+        programs = num_seqs * num_heads * triton.cdiv(head_dim, columns)
+        alone = initial is None or programs <= num_multiprocessors(v.device)
+        warps, stages = (8, 2) if head_dim > 128 else (4, 3 if alone else 2)
     else:  # float16 as well: a state may be too large for it. Products of larger tiles do not fit into registers
         kernel, chunk, columns, warps, stages = _scan_float32_kernel, 16, 16, 4, 1
         if final is None:  # the state lies there, not in registers
@@ -219,6 +221,7 @@ def _scan(
         *(final.stride() if final is not None else (0, 0, 0, 0)),
         num_heads, head_dim, max(16, triton.next_power_of_2(head_dim)), columns, chunk, reverse,
         num_warps=warps, num_stages=stages,
+        enable_fp_fusion=False,  # what is fused is written so: the same bits whatever the stages
     )  # fmt: skip
 
 
@@ -279,7 +282,9 @@ def _scan_kernel(
             out = tl.dot(qc, state.to(tl.bfloat16)) * out_decay[:, None]
             scores = tl.dot(qc, tl.trans(kc)) * within
             out = tl.dot(scores.to(tl.bfloat16), vc, out)
-            tl.store(o + rows * o_row, out.to(o.dtype.element_ty), mask=column_rows)
+            # A mask of its own, as what `nought` is added to: what is kept takes registers that the loop needs.
+            inside = (p[:, None] + first < length) & column_mask[None, :]
+            tl.store(o + rows * o_row, out.to(o.dtype.element_ty), mask=inside)
         v_decay = tl.exp(-s * tl.maximum(n - 1 + SHIFT - p, 0).to(tl.float32))
         decayed = vc.to(tl.float32) * v_decay[:, None]
         high = decayed.to(tl.bfloat16)
@@ -288,6 +293,10 @@ def _scan_kernel(
             low = (decayed - high.to(tl.float32)).to(tl.bfloat16)
             state = tl.dot(tl.trans(kc), low, state)
     if final is not None:
+        nought = tl.minimum(tl.load(cu_seqlens), 0)  # the compiler cannot know
+        key += nought
+        column += nought
+        state_mask = (key < D)[:, None] & (column < D)[None, :]
         final += place * f_seq + head * f_head
         tl.store(final + key[:, None] * f_key + column[None, :] * f_column, state, mask=state_mask)
 
