@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_m1.errors import UserError
-from minimax_m1.kernels.gpu import num_multiprocessors
+from minimax_m1.kernels.gpu import num_multiprocessors, shared_memory
 
 CHUNK = 64  # tokens; prompts that are cut at multiples of it give the same bits
 SEGMENT_CHUNKS = 16  # the fewest of a segment: its scan takes longer than the launches and the states between segments
@@ -205,10 +205,11 @@ def _scan(
     if v.dtype == torch.bfloat16:
         kernel, chunk, columns = _scan_kernel, CHUNK, _columns(head_dim)
         # A multiprocessor has the registers for two programs. A third stage of loads takes the shared memory of one of
-        # them: it is for programs that have a multiprocessor to themselves.
+        # them: it is for programs that have a multiprocessor to themselves, and for a GPU with 112 to 128 KiB.
         programs = num_seqs * num_heads * triton.cdiv(head_dim, columns)
         alone = initial is None or programs <= num_multiprocessors(v.device)
-        warps, stages = (8, 2) if head_dim > 128 else (4, 3 if alone else 2)
+        third = alone and shared_memory(v.device) >= 160 << 10
+        warps, stages = (8, 2) if head_dim > 128 else (4, 3 if third else 2)
     else:  # float16 as well: a state may be too large for it. Products of larger tiles do not fit into registers
         kernel, chunk, columns, warps, stages = _scan_float32_kernel, 16, 16, 4, 1
         if final is None:  # the state lies there, not in registers
