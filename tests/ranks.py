@@ -39,7 +39,6 @@ def launch(module: str, num_ranks: int, *arguments: str, seconds: float = 500) -
 def main(num_ranks: int, module: str, *arguments: str) -> None:
     """Be the process that `launch` starts."""
     work = importlib.import_module(module).main
-    importlib.import_module("torch._dynamo")  # torch loads it, which takes a second, when it first divides a tensor
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

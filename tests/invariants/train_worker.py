@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 here, or torch loads it in every rank when it first divides a tensor
+
 from minimax_m1.settings import read_toml
 from minimax_m1.training import trainer, vocabulary
 from minimax_m1.training.settings import TrainSettings

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # here, or torch loads it in every rank when it first divides a tensor
 from torch import Tensor
 
 from minimax_m1.model import MiniMaxM1ForCausalLM

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # here, or torch loads it in every rank when it first divides a tensor
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
