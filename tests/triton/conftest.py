@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks for these tests."""
+"""What Triton's interpreter lacks for these tests, and fresh memory that shows what was not written."""
 
 import os
 
@@ -32,3 +32,20 @@ def interpreted_bfloat16():
         )
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = widened_dot, rounded_cast
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Make fresh memory NaN, or an index far out of range: what a kernel forgets to write is then seen."""
+
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **options):
+            x = allocate(*args, **options)
+            if x.is_floating_point():
+                return x.fill_(torch.nan)
+            return x.fill_(1 << 30) if x.dtype in (torch.int32, torch.int64) else x
+
+        return allocate_poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

