@@ -8,6 +8,7 @@ import torch
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.engine import Engine
 from minimax_m1.engine.decode_graphs import DecodeGraphs, padded_size
+from minimax_m1.kernels import compiled
 from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.settings import EngineSettings
@@ -15,6 +16,7 @@ from minimax_m1.settings import EngineSettings
 VOCAB = 211
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_compiled = pytest.mark.skipif(not compiled.library, reason="not built here")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_sizes_are_few_and_padding_is_small():
     assert padded_size(9, 9) == 9
 
 
-@pytest.mark.parametrize("backend", ["compiled", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("compiled", marks=needs_compiled), "torch"])
 def test_padded_steps_give_what_plain_ones_give(model, backend, monkeypatch):
     counts = set()
 
