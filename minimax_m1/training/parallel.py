@@ -212,7 +212,7 @@ def _shard_weights(model: MiniMaxM1ForCausalLM, mesh: DeviceMesh, dtype: str) ->
     fully_shard(model, mp_policy=policy, **options)
 
     for module in model.modules():
-        # Gradients are summed: each loss is divided by the tokens of all ranks. One rank would copy them to divide by 1.
+        # Gradients are summed: each loss is divided by the tokens of all ranks. One rank would copy to divide by 1.
         if isinstance(module, FSDPModule) and mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
