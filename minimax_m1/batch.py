@@ -5,7 +5,6 @@ Shapes: T tokens of N sequences end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minimax_m1.kernels.context import ContextPart
+from minimax_m1.kernels.gpu import to_device
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,3 @@ def lay_out(seqlens: list[int], past_lens: list[int]) -> tuple[Tensor, Tensor]:
     cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     return cu_seqlens, torch.arange(int(cu_seqlens[-1])) + (past - cu_seqlens[:-1]).repeat_interleave(lengths)
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor of the host on a device; the host does not wait for a GPU, which gets it in its turn."""
-    if torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)  # pinned memory is not reused before it was read
-    return x.to(device)
-
-
-def together_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Do what `to_device` does, for vectors [n] int64 of the host, in a single copy."""
-    widths = [len(x) + len(x) % 2 for x in tensors]  # each at 16 bytes: Triton compiles anew for other addresses
-    joined = torch.empty(sum(widths), dtype=torch.int64, pin_memory=device.type == "cuda")
-    for place, x in zip(joined.split(widths), tensors, strict=True):
-        place[: len(x)] = x
-    moved = joined.to(device, non_blocking=True).split(widths)
-    return [place[: len(x)] for place, x in zip(moved, tensors, strict=True)]

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimax_m1.batch import CachedRows, ForwardBatch, lay_out, to_device, together_to_device
+from minimax_m1.batch import CachedRows, ForwardBatch, lay_out
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.errors import UserError
+from minimax_m1.kernels.gpu import to_device, together_to_device
 
 PAGE_SIZE = 64  # tokens; also the block of lightning attention, so that a page boundary is a cut that changes no bit
 

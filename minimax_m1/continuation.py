@@ -523,7 +523,8 @@ def _adjust_on_gpu(
     """Return what `_scores` does, [M, V], for M rows of the logits; those with a grammar come first."""
     import torch
 
-    from minimax_m1.kernels.sampling_triton import forbidden_mask, to_device
+    from minimax_m1.kernels.gpu import to_device
+    from minimax_m1.kernels.sampling_triton import forbidden_mask
 
     device, vocab_size = logits.device, logits.shape[1]
     scores = logits.index_select(0, to_device(np.array([i for i, _ in adjusted]), device))

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import to_device
 from minimax_m1.cache import HybridCache
 from minimax_m1.continuation import Continuation, choose_tokens
 from minimax_m1.errors import UserError
+from minimax_m1.kernels.gpu import to_device
 from minimax_m1.model import MiniMaxM1ForCausalLM, check_inputs
 from minimax_m1.sampling import SamplingParams, forbidden_ids, fresh_seed
 

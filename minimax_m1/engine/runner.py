@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch, to_device
+from minimax_m1.batch import ForwardBatch
 from minimax_m1.cache import PAGE_SIZE, HybridCache
 from minimax_m1.continuation import choose_tokens
 from minimax_m1.engine.decode_graphs import DecodeGraphs
@@ -19,6 +19,7 @@ from minimax_m1.engine.scheduler import Scheduler, Step
 from minimax_m1.engine.sequence import Sequence
 from minimax_m1.engine.speculation import roll_back
 from minimax_m1.kernels import choose
+from minimax_m1.kernels.gpu import to_device
 from minimax_m1.model import MiniMaxM1ForCausalLM, Routing
 from minimax_m1.sampling import forbidden_ids, prompt_logprobs
 

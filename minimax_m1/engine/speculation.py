@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch, together_to_device
+from minimax_m1.batch import ForwardBatch
 from minimax_m1.cache import HybridCache
+from minimax_m1.kernels.gpu import together_to_device
 from minimax_m1.kernels.lightning import lightning_decode
 from minimax_m1.model import LightningAttention, MiniMaxM1ForCausalLM
 

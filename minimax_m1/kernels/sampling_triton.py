@@ -19,6 +19,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minimax_m1.kernels.gpu import to_device
+
 # What is asked of a row: all float64, which is exact for ids, so that one copy brings it.
 # The columns' order is that of the kernels' loads.
 ASKED = np.dtype([(name, np.float64) for name in (
@@ -97,12 +99,6 @@ def forbidden_mask(ids: bytes, vocab_size: int, device: torch.device) -> Tensor:
     mask = np.zeros(vocab_size, dtype=np.bool_)
     mask[np.frombuffer(ids, dtype=np.int64)] = True
     return torch.from_numpy(mask).to(device)
-
-
-def to_device(array: NDArray, device: torch.device) -> Tensor:
-    """Copy an array without a wait: from pinned memory, as a copy from any other waits for the GPU's queue."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @triton.jit

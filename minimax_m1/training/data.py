@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimax_m1.batch import ForwardBatch, to_device
+from minimax_m1.batch import ForwardBatch
 from minimax_m1.errors import UserError
+from minimax_m1.kernels.gpu import to_device
 from minimax_m1.tasks import Problem
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
 from minimax_m1.training.sources import Record

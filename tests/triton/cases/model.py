@@ -2,10 +2,10 @@
 
 import torch
 
-from minimax_m1.batch import together_to_device
 from minimax_m1.cache import HybridCache
 from minimax_m1.config import MiniMaxM1Config
 from minimax_m1.engine.speculation import roll_back
+from minimax_m1.kernels.gpu import together_to_device
 from minimax_m1.model import MiniMaxM1ForCausalLM
 
 META = torch.device("meta")
