@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from minimax_m1.errors import UserError
-from minimax_m1.training.checkpoint import Checkpoints, SaveError, list_steps, path_of
+from minimax_m1.training.checkpoint import Checkpoints, SaveError, _Unpickler, list_steps, path_of
 from minimax_m1.training.parallel import World
 
 # Said at every save and load in one process; pytest undoes our filter.
@@ -129,7 +131,32 @@ def test_damage_is_one_clear_line(tmp_path: Path, name: str, damage: str) -> Non
     assert_same(loaded, make_state(1))
 
 
-@pytest.mark.parametrize("contents", [bytes(20), pickle.dumps(os.system), pickle.dumps(torch.load), b"garbage"])
+class _Asked:
+    """Pickled as what asks for an attribute of something, as Python 3.11.2 writes a member of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.asked = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_members_of_enums_are_read_however_python_has_written_them() -> None:
+    file = io.BytesIO(pickle.dumps(_Asked(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
+    assert _Unpickler(file).load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        bytes(20),
+        pickle.dumps(os.system),
+        pickle.dumps(torch.load),
+        pickle.dumps(_Asked(_MEM_FORMAT_ENCODING, "__class__")),
+        pickle.dumps(_Asked(torch.Size, "__init__")),
+        b"garbage",
+    ],
+)
 def test_metadata_with_other_contents_is_damage_and_runs_nothing(tmp_path: Path, contents: bytes) -> None:
     checkpoints = Checkpoints(tmp_path, 2, ONE_PROCESS)
     save(checkpoints, 1)
