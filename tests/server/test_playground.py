@@ -214,15 +214,18 @@ new MutationObserver(() => {
 
 def test_an_example_thinks_in_sight_and_is_right(visit: Visit) -> None:
     visit.page.add_init_script(WATCH_THINKING)
-    page = visit.open()
-    assert "count letters" in page.inner_text("#welcome")
-    page.click(f".example:has-text('{ADDITION}')")
-    visit.answered()
-    assert visit.answer == ADDED
-    assert not page.is_visible("#welcome")
-    seen = [moment for moment in page.evaluate("seen") if not moment["content"]]
-    assert all(moment["isOpen"] for moment in seen)
-    assert len({moment["length"] for moment in seen}) >= 2  # it came in pieces
+    for _ in range(4):  # a browser that gets no processor for half a second shows the answer at once
+        page = visit.open()
+        assert "count letters" in page.inner_text("#welcome")
+        page.click(f".example:has-text('{ADDITION}')")
+        visit.answered()
+        assert visit.answer == ADDED
+        assert not page.is_visible("#welcome")
+        seen = [moment for moment in page.evaluate("seen") if not moment["content"]]
+        assert all(moment["isOpen"] for moment in seen)
+        if came_in_pieces := len({moment["length"] for moment in seen}) >= 2:
+            break
+    assert came_in_pieces
     assert re.fullmatch(r"Thinking [\d.]+ m?s, \d+ tokens?", seen[len(seen) // 2]["label"])
     page.wait_for_selector(".answer details:not([open])")  # once the answer is there
     label = re.fullmatch(r"Thought for .*s, (\d+) tokens", page.inner_text(".answer summary"))
