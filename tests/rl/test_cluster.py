@@ -230,6 +230,7 @@ def test_a_killed_worker_costs_no_sample(seed: int, ahead: Path, tmp_path: Path,
     assert samples(tmp_path) == samples(ahead)
 
 
+@rarely  # as tests/rl/test_kill.py, with the trainer in an actor
 @needs_proc
 @pytest.mark.slow
 def test_a_killed_trainer_costs_no_finished_step(local_ray: Any, alone: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Compile for a GPU that is not there: the programs that operations would launch, as Triton's compiler makes them.
 
-    python tests/triton/offline.py lightning decode    the cases of cases/lightning.py whose names contain "decode"
+    python tests/triton/offline.py lightning decode     the cases of cases/lightning.py whose names contain "decode"
+    python tests/triton/offline.py --launch model       launched only, which compiles nothing
 
 A case is a function `case_…` in cases/, which runs an operation with backend="triton" on tensors of the meta device, at
 any size. Every launch is compiled, as it would be on an H200, and nothing runs: a case shows that the compiler takes
@@ -23,10 +24,12 @@ FOLDER = Path(__file__).parent / "cases"
 
 
 def main(names: list[str]) -> None:
-    """Compile the cases of files, or all, and print a line of JSON a launched kernel."""
+    """Compile the cases of a file, or of all, and print a line of JSON a launched kernel."""
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    compiles = names[:1] != ["--launch"]
+    names = names if compiles else names[1:]
     files = [FOLDER / f"{names[0]}.py"] if names else sorted(FOLDER.glob("*.py"))
-    launched = _intercept()
+    launched = _intercept(compiles)
     for file in files:
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
@@ -36,12 +39,13 @@ def main(names: list[str]) -> None:
             if name.startswith("case_") and all(part in name for part in names[1:]):
                 launched.clear()
                 case()
-                for kernel, compiled in {id(c): (k, c) for k, c in launched}.values():
-                    print(json.dumps({"case": f"{file.stem}.{name}", "kernel": kernel, **_needs(compiled)}), flush=True)
+                for kernel, compiled in {id(c) if compiles else k: (k, c) for k, c in launched}.values():
+                    needs = _needs(compiled) if compiles else {}
+                    print(json.dumps({"case": f"{file.stem}.{name}", "kernel": kernel, **needs}), flush=True)
 
 
-def _intercept() -> list:
-    """Make every launch compile for compute capability 9.0 and stop there; return the list that they are added to."""
+def _intercept(compiles: bool) -> list:
+    """Make every launch compile for compute capability 9.0, or not even that; return the list that they go to."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -64,7 +68,7 @@ def _intercept() -> list:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        compiled = run(self, *args, grid=grid, warmup=True, **options) if compiles else None
         launched.append((self.__name__, compiled))
         return compiled
 
