@@ -17,7 +17,7 @@ from minimax_m1.model import MiniMaxM1ForCausalLM
 from minimax_m1.sampling import SamplingParams
 from minimax_m1.tasks import NANO_TASKS
 from minimax_m1.tokenizer import MiniMaxM1Tokenizer
-from minimax_m1.training.data import IGNORED, PackedBatch, make_sample, pack, prompt_ids
+from minimax_m1.training.data import PackedBatch, make_sample, pack, prompt_ids
 from minimax_m1.training.loss import packed_losses
 from minimax_m1.training.parallel import World, gather_weights
 from minimax_m1.training.settings import TrainSettings
@@ -100,8 +100,7 @@ def solved(model: MiniMaxM1ForCausalLM, batch: PackedBatch) -> float:
     """
     hidden, _ = model.forward_packed(batch.input_ids, batch.layout)
     wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
-    learned = batch.targets != IGNORED
-    logits = model.compute_logits(hidden[learned], batch.layout.backend)
-    wrong[learned] = logits.argmax(-1) != batch.targets[learned]
+    logits = model.compute_logits(hidden[batch.learned], batch.layout.backend)
+    wrong[batch.learned] = logits.argmax(-1) != batch.targets[batch.learned]
     parts = wrong.split(batch.layout.seqlens)
     return sum(not part.any() for part in parts) / len(parts)

@@ -260,7 +260,7 @@ def context_part(batch: PackedBatch, world: World) -> PackedBatch:
         )
     starts = [num_tokens * rank // num_ranks for rank in range(num_ranks + 1)]
     assert world.context_group is not None
-    context = ContextPart(world.context_group, world.context_rank, starts, batch.layout.cu_seqlens.tolist())
+    context = ContextPart(world.context_group, world.context_rank, starts, batch.layout.bounds)
     rows = slice(context.start, context.end)
     layout = ForwardBatch.packed(
         context.seqlens, past_lens=context.past_lens, device=batch.input_ids.device, backend=batch.layout.backend
